@@ -1,0 +1,41 @@
+# Every target first makes .venv with everything the project needs; a second call costs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo up test lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/.installed ## create .venv and install everything
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install ## everything at once: Redis, receiver and Dagster, fed with generated records
+	$(BIN)/d2p demo $(ARGS)
+
+up: install ## Redis, receiver and Dagster in the foreground
+	$(BIN)/d2p up $(ARGS)
+
+test: lint ## lint, types and all tests
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+lint: install ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install ## let ruff rewrite the tree
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## time the engine against others
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove the environment and all local state
+	rm -rf .venv .d2p out
