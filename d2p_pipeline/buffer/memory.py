@@ -1,0 +1,247 @@
+"""The buffer in this process's memory, for conversions without Redis and for tests: the same protocol, gone at exit."""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from d2p_pipeline.buffer.protocol import (
+    Batch,
+    BatchRef,
+    BufferState,
+    Claim,
+    ClaimLostError,
+    Push,
+    Seal,
+    Totals,
+)
+
+
+@dataclass
+class _Waiting:
+    first: int
+    chunks: list[bytes] = field(default_factory=list[bytes])
+    records: int = 0
+    size: int = 0
+
+
+@dataclass
+class _Sealed:
+    batch: Batch
+    chunks: list[bytes]
+    look_at: int
+    owner: str = ""
+    lease_end: int = 0
+
+
+class MemoryBuffer:
+    """A `Buffer` in one process; every method may be called from any thread."""
+
+    def __init__(self, *, full_records: int, full_bytes: int) -> None:
+        self._full_records = full_records
+        self._full_bytes = full_bytes
+        self._lock = threading.RLock()
+        self._waiting: dict[str, _Waiting] = {}
+        self._requested: set[str] = set()
+        self._sealed: dict[BatchRef, _Sealed] = {}
+        self._dead_letters: dict[str, list[bytes]] = {}
+        self._totals: dict[str, Totals] = {}
+        self._pushed: dict[tuple[str, str], int] = {}
+
+    def now(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def push(self, pushes: Sequence[Push]) -> None:
+        with self._lock:
+            for push in pushes:
+                self._push(push)
+
+    def _push(self, push: Push) -> None:
+        now, name = self.now(), (push.key, push.id)
+        if self._pushed.get(name, 0) > now:
+            return
+        self._pushed[name] = now + push.window * 1000
+        self._count(push.key, accepted=push.records + push.rejected, dead_letters=push.rejected)
+        if push.dead_letters:
+            self._dead_letters.setdefault(push.key, []).extend(push.dead_letters)
+        if push.chunk:
+            waiting = self._waiting.setdefault(push.key, _Waiting(now))
+            waiting.chunks.append(push.chunk)
+            waiting.records += push.records
+            waiting.size += push.size
+
+    def _count(self, key: str, *, accepted: int = 0, rows: int = 0, dead_letters: int = 0) -> None:
+        old = self._totals.get(key, Totals(0, 0, 0))
+        self._totals[key] = Totals(old.accepted + accepted, old.rows + rows, old.dead_letters + dead_letters)
+
+    def request_flush(self, keys: Iterable[str] | None = None) -> list[str]:
+        with self._lock:
+            found = [key for key in (self._waiting if keys is None else keys) if key in self._waiting]
+            self._requested.update(found)
+            return found
+
+    def due(self, before: int, limit: int) -> list[BufferState]:
+        with self._lock:
+            due = [state for state in self.waiting() if self._is_full(state) or state.first <= before]
+            return sorted(due, key=lambda state: state.first)[:limit]
+
+    def _is_full(self, state: BufferState) -> bool:
+        full = state.records >= self._full_records or state.size >= self._full_bytes
+        return full or state.key in self._requested
+
+    def waiting(self) -> Iterator[BufferState]:
+        with self._lock:
+            return iter(
+                [
+                    BufferState(key, waiting.records, waiting.size, len(waiting.chunks), waiting.first)
+                    for key, waiting in self._waiting.items()
+                ]
+            )
+
+    def seal(self, seals: Sequence[Seal]) -> list[Batch]:
+        with self._lock:
+            return [batch for seal in seals if (batch := self._seal(seal))]
+
+    def _seal(self, seal: Seal) -> Batch | None:
+        ref = BatchRef(seal.key, seal.batch_id)
+        if ref in self._sealed:
+            return self._sealed[ref].batch
+        self._requested.discard(seal.key)
+        waiting = self._waiting.pop(seal.key, None)
+        if waiting is None:
+            return None
+        now = self.now()
+        batch = Batch(
+            key=seal.key,
+            id=seal.batch_id,
+            state="open",
+            reason=seal.reason,
+            sealed_at=now,
+            first=waiting.first,
+            chunks=len(waiting.chunks),
+            records=waiting.records,
+            size=waiting.size,
+            counted=True,
+            token=0,
+            requests=0,
+            units_done=frozenset(),
+            rows=0,
+            dead_letters=0,
+        )
+        self._sealed[ref] = _Sealed(batch, waiting.chunks, now)
+        return batch
+
+    def batch(self, ref: BatchRef) -> Batch | None:
+        with self._lock:
+            sealed = self._sealed.get(ref)
+            return sealed.batch if sealed else None
+
+    def due_batches(self, before: int, limit: int) -> list[Batch]:
+        with self._lock:
+            due = [sealed for sealed in self._sealed.values() if _is_open(sealed) and sealed.look_at <= before]
+            return [sealed.batch for sealed in sorted(due, key=lambda sealed: sealed.look_at)[:limit]]
+
+    def open_batches(self) -> Iterator[Batch]:
+        with self._lock:
+            return iter([sealed.batch for sealed in self._sealed.values() if _is_open(sealed)])
+
+    def postpone(self, ref: BatchRef, until: int, *, requested: bool = False) -> None:
+        with self._lock:
+            sealed = self._sealed.get(ref)
+            if sealed and _is_open(sealed):
+                sealed.look_at = until
+                requests = sealed.batch.requests + requested
+                sealed.batch = msgspec.structs.replace(sealed.batch, requests=requests)
+
+    def is_claimed(self, ref: BatchRef) -> bool:
+        with self._lock:
+            sealed = self._sealed.get(ref)
+            return bool(sealed and sealed.lease_end > self.now())
+
+    def claim(self, ref: BatchRef, owner: str, lease_ms: int) -> Claim | None:
+        with self._lock:
+            sealed, held = self._sealed.get(ref), self.is_claimed(ref)
+            if sealed is None or not _is_open(sealed) or (held and sealed.owner != owner):
+                return None
+            if not held:
+                sealed.batch = msgspec.structs.replace(sealed.batch, token=sealed.batch.token + 1)
+            sealed.owner, sealed.lease_end = owner, self.now() + lease_ms
+            return Claim(ref, owner, sealed.batch.token)
+
+    def renew(self, claim: Claim, lease_ms: int) -> bool:
+        with self._lock:
+            sealed = self._sealed.get(claim.batch)
+            if sealed is None or not _is_open(sealed) or sealed.batch.token != claim.token:
+                return False
+            sealed.owner, sealed.lease_end = claim.owner, self.now() + lease_ms
+            return True
+
+    def release(self, claim: Claim) -> None:
+        with self._lock:
+            sealed = self._sealed.get(claim.batch)
+            if sealed and sealed.owner == claim.owner:
+                sealed.owner, sealed.lease_end = "", 0
+
+    def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:
+        with self._lock:
+            sealed = self._sealed.get(ref)
+            if sealed is None:
+                return None
+            if sealed.batch.plan is None:
+                sealed.batch = msgspec.structs.replace(sealed.batch, plan=tuple(units))
+            return sealed.batch.plan
+
+    def read(self, ref: BatchRef, start: int, stop: int) -> list[bytes]:
+        with self._lock:
+            sealed = self._sealed.get(ref)
+            return sealed.chunks[start:stop] if sealed else []
+
+    def acknowledge(
+        self, claim: Claim, unit: int, *, units: int, rows: int, rejected: int = 0, dead_letters: Sequence[bytes] = ()
+    ) -> Literal["complete", "marked", "repeated"]:
+        with self._lock:
+            sealed = self._sealed.get(claim.batch)
+            if sealed is None or not _is_open(sealed) or unit in sealed.batch.units_done:
+                return "repeated"
+            if sealed.batch.token != claim.token:
+                raise ClaimLostError(claim)
+            batch = sealed.batch
+            sealed.batch = msgspec.structs.replace(
+                batch,
+                units_done=batch.units_done | {unit},
+                rows=batch.rows + rows,
+                dead_letters=batch.dead_letters + rejected,
+            )
+            self._dead_letters.setdefault(claim.batch.key, []).extend(dead_letters)
+            self._count(claim.batch.key, rows=rows, dead_letters=rejected)
+            if len(sealed.batch.units_done) < units:
+                return "marked"
+            sealed.batch = msgspec.structs.replace(sealed.batch, state="done")
+            sealed.chunks, sealed.lease_end = [], 0
+            return "complete"
+
+    def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
+        with self._lock:
+            return self._dead_letters.get(key, [])[start:stop]
+
+    def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
+        with self._lock:
+            return iter([(key, len(letters)) for key, letters in self._dead_letters.items() if letters])
+
+    def totals(self) -> Iterator[tuple[str, Totals]]:
+        with self._lock:
+            return iter(list(self._totals.items()))
+
+    def reconcile(self, steps: int = 1) -> int:
+        del steps
+        return 0  # there is no index that could miss anything
+
+    def close(self) -> None:
+        pass
+
+
+def _is_open(sealed: _Sealed) -> bool:
+    return sealed.batch.state == "open"

@@ -1,0 +1,207 @@
+"""The values of the delivery protocol and what every buffer does; see the package's docstring for the steps.
+
+Times are milliseconds since the epoch by the buffer's own clock (`now`), so that hosts need not agree on theirs.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import msgspec
+
+Reason = Literal["size", "bytes", "age", "request", "schedule", "replay"]
+"""Why a buffer was sealed."""
+
+
+class Push(msgspec.Struct, frozen=True):
+    """What one commit adds to one key: a chunk with its number of records and size in raw bytes, or dead letters, or both.
+
+    `id` makes the push's second arrival a no-op for `window` seconds. `rejected` counts the records behind `dead_letters`,
+    which is empty where dead letters are not kept.
+    """
+
+    key: str
+    id: str
+    window: int
+    chunk: bytes = b""
+    records: int = 0
+    size: int = 0
+    rejected: int = 0
+    dead_letters: Sequence[bytes] = ()
+
+
+class BufferState(msgspec.Struct, frozen=True):
+    """A key's waiting records. Chunks of a producer that pushes by itself count as one record each, of estimated size."""
+
+    key: str
+    records: int
+    size: int
+    chunks: int
+    first: int
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """A sealed buffer. `token` counts the claims so far, `requests` the runs asked for."""
+
+    key: str
+    id: str
+    state: Literal["open", "done"]
+    reason: str
+    sealed_at: int
+    first: int
+    chunks: int
+    records: int
+    size: int
+    counted: bool
+    """Whether every chunk was pushed through `push`, so that `records` and `size` are the whole truth."""
+    token: int
+    requests: int
+    units_done: frozenset[int]
+    rows: int
+    dead_letters: int
+    plan: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def ref(self) -> "BatchRef":
+        return BatchRef(self.key, self.id)
+
+
+class BatchRef(NamedTuple):
+    """What names a batch; small enough for run configuration."""
+
+    key: str
+    id: str
+
+
+class Seal(NamedTuple):
+    """An order to seal: the batch's id is chosen before, so that the order may arrive twice."""
+
+    key: str
+    batch_id: str
+    reason: Reason
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """The right to deliver a batch, until a later claim's higher token."""
+
+    batch: BatchRef
+    owner: str
+    token: int
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """What a key ever accepted, wrote to files and rejected; accepted = rows + dead_letters + what still waits."""
+
+    accepted: int
+    rows: int
+    dead_letters: int
+
+
+class ClaimLostError(Exception):
+    """Another run has taken the batch since: this one's work must not be acknowledged."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        super().__init__(
+            f"batch {claim.batch.id} of key {claim.batch.key!r}: token {claim.token} is stale, another run has taken the batch; "
+            "it delivers what this run could not acknowledge"
+        )
+
+
+class BufferFullError(Exception):
+    """The buffer can take no more for now; nothing of this push was stored."""
+
+
+class BufferUnavailableError(Exception):
+    """The buffer does not answer, or refuses to work; what was asked may or may not have happened, and may be asked again."""
+
+
+class Buffer(Protocol):
+    """Buffers, batches and dead letters of all keys."""
+
+    def now(self) -> int:
+        """The buffer's clock."""
+        ...
+
+    def push(self, pushes: Sequence[Push]) -> None:
+        """Store all of `pushes`; raise `BufferFullError` with nothing stored."""
+        ...
+
+    def request_flush(self, keys: Iterable[str] | None = None) -> list[str]:
+        """Make keys (default: all that wait) due at once; returns those that have records."""
+        ...
+
+    def due(self, before: int, limit: int) -> list[BufferState]:
+        """Buffers that are full, asked for, or began before `before`; oldest first. May contain empty ones."""
+        ...
+
+    def waiting(self) -> Iterator[BufferState]:
+        """Every buffer with records, in no order; costs what exists, not what is due."""
+        ...
+
+    def seal(self, seals: Sequence[Seal]) -> list[Batch]:
+        """Turn buffers into batches; those that are empty give none."""
+        ...
+
+    def batch(self, ref: BatchRef) -> Batch | None:
+        """What is known of a batch; None when it was delivered over an hour ago or never existed."""
+        ...
+
+    def due_batches(self, before: int, limit: int) -> list[Batch]:
+        """Open batches whose next look is due; oldest first."""
+        ...
+
+    def open_batches(self) -> Iterator[Batch]:
+        """Every batch not yet delivered, in no order."""
+        ...
+
+    def postpone(self, ref: BatchRef, until: int, *, requested: bool = False) -> None:
+        """Look at the batch again at `until`; `requested`: because a run was asked for."""
+        ...
+
+    def is_claimed(self, ref: BatchRef) -> bool:
+        """Whether a lease on the batch is alive."""
+        ...
+
+    def claim(self, ref: BatchRef, owner: str, lease_ms: int) -> Claim | None:
+        """Take an open batch nobody holds; the same owner taking it again gets the same claim."""
+        ...
+
+    def renew(self, claim: Claim, lease_ms: int) -> bool:
+        """Extend the lease; False when the claim is lost or the batch delivered."""
+        ...
+
+    def release(self, claim: Claim) -> None:
+        """Give the batch back."""
+        ...
+
+    def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:
+        """Store the unit plan, half-open ranges of chunks, unless there is one; returns the one in force."""
+        ...
+
+    def read(self, ref: BatchRef, start: int, stop: int) -> list[bytes]:
+        """Chunks `start` to `stop` (exclusive) of a batch."""
+        ...
+
+    def acknowledge(
+        self, claim: Claim, unit: int, *, units: int, rows: int, rejected: int = 0, dead_letters: Sequence[bytes] = ()
+    ) -> Literal["complete", "marked", "repeated"]:
+        """Mark a unit of `units` delivered; raises `ClaimLostError`."""
+        ...
+
+    def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
+        """Dead letters `start` to `stop` (exclusive; None: the last) of a key, oldest first."""
+        ...
+
+    def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
+        """Keys that have dead letters, with how many."""
+        ...
+
+    def totals(self) -> Iterator[tuple[str, Totals]]:
+        """Every key ever seen, with its totals."""
+        ...
+
+    def reconcile(self, steps: int = 1) -> int:
+        """Adopt buffers and batches that no index knows; looks at a part of what exists per step, returns what it adopted."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,46 @@
+-- Ends the delivery of one unit, after its files are durable: dead letters stored, unit marked, batch removed when complete.
+--
+-- KEYS  1 meta    hash    the batch
+--       2 batch   list    its chunks
+--       3 lock    string  the lease
+--       4 dlq     list    dead letters
+--       5 totals  hash    what this key ever accepted, wrote and rejected
+-- ARGV  1 fencing token   2 unit number   3 units in the plan   4 rows in the unit's files
+--       5 rejected records   6.. their dead letters, where they are kept
+-- Returns 'complete' (that was the last unit), 'marked', 'repeated' (marked or complete before: nothing changes now) or
+-- 'stale' (another run has taken the batch since).
+--
+-- HDEL comes first: Redis allows it, and the writes that follow it, even when it is out of memory. Only deliveries free memory.
+
+local state = redis.call('HGET', KEYS[1], 'state')
+local unit = 'unit:' .. ARGV[2]
+if state ~= 'open' or redis.call('HEXISTS', KEYS[1], unit) == 1 then
+  return 'repeated'
+end
+if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then
+  return 'stale'
+end
+
+redis.call('HDEL', KEYS[1], unit)
+local dead = ARGV[5]
+for i = 6, #ARGV do
+  redis.call('RPUSH', KEYS[4], ARGV[i])
+end
+redis.call('HSET', KEYS[1], unit, ARGV[4] .. ' rows, ' .. dead .. ' dead letters')
+local rows = redis.call('HINCRBY', KEYS[1], 'rows', ARGV[4])
+local dead_letters = redis.call('HINCRBY', KEYS[1], 'dead_letters', dead)
+redis.call('HINCRBY', KEYS[5], 'rows', ARGV[4])
+redis.call('HINCRBY', KEYS[5], 'dead_letters', dead)
+if redis.call('HINCRBY', KEYS[1], 'units_done', 1) < tonumber(ARGV[3]) then
+  return 'marked'
+end
+
+-- Nobody counted the records of a producer that pushes by itself: they are accepted now that they are known.
+local meta = redis.call('HMGET', KEYS[1], 'chunks', 'pushed_chunks', 'records')
+if meta[1] ~= meta[2] then
+  redis.call('HINCRBY', KEYS[5], 'accepted', rows + dead_letters - tonumber(meta[3]))
+end
+redis.call('HSET', KEYS[1], 'state', 'done')
+redis.call('EXPIRE', KEYS[1], 3600)
+redis.call('DEL', KEYS[2], KEYS[3])
+return 'complete'

@@ -1,0 +1,183 @@
+"""Every way to reach Redis by URL, and the start-up checks, against real servers."""
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.exceptions import RedisError
+
+from d2p_pipeline.buffer.connect import RedisRefusedError, check, connect, without_password
+from d2p_pipeline.buffer.embedded import EmbeddedRedis, binary
+from d2p_pipeline.buffer.names import Names
+from d2p_pipeline.buffer.protocol import BatchRef, Push, Seal
+from d2p_pipeline.buffer.redis import Client, RedisBuffer
+
+Start = Callable[..., int]
+
+
+def free_port() -> int:
+    """A port whose cluster bus port (10,000 above) exists too."""
+    while True:
+        with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+            port = listener.getsockname()[1]
+        if port < 50_000:
+            return port
+
+
+def until(condition: Callable[[], object], error: type[Exception] = RedisError) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            if condition():
+                return
+        except error:
+            pass
+        assert time.monotonic() < deadline, "the server did not get there"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a redis-server with options on a loopback port, which it returns."""
+    with ExitStack() as stack:
+
+        def start(*options: str, program: tuple[str, ...] = ()) -> int:
+            port = free_port()
+            directory = tmp_path / str(port)
+            directory.mkdir()
+            command = [binary(), *program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
+            process = subprocess.Popen([*command, str(directory), *options], stdout=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            if "--requirepass" not in options:
+                until(lambda: Redis(port=port).ping())
+            return port
+
+        yield start
+
+
+def assert_delivers(client: Client) -> None:
+    buffer = RedisBuffer(client, Names(), full_records=10, full_bytes=1000)
+    keys = [f"key {number}" for number in range(20)]
+    buffer.push([Push(key, "1", 60, b"chunk", 1, 5) for key in keys])
+    assert sorted(state.key for state in buffer.waiting()) == sorted(keys)
+    assert len(buffer.seal([Seal(key, f"B-{key}", "age") for key in keys])) == 20
+    for key in keys:
+        claim = buffer.claim(BatchRef(key, f"B-{key}"), "run", 60_000)
+        assert claim
+        assert buffer.plan(claim.batch, [(0, 1)])
+        assert buffer.read(claim.batch, 0, 1) == [b"chunk"]
+        assert buffer.acknowledge(claim, 0, units=1, rows=1) == "complete"
+    assert list(buffer.open_batches()) == []
+    buffer.reconcile()
+    assert {totals.rows for _, totals in buffer.totals()} == {1}
+
+
+def test_one_server_with_user_password_and_database(start: Start) -> None:
+    port = start("--requirepass", "secret")
+    url = f"redis://default:secret@127.0.0.1:{port}/3"
+    until(lambda: Redis.from_url(url).ping())
+    client = connect(url)
+    assert_delivers(client)
+    assert isinstance(client, Redis)
+    assert client.connection_pool.connection_kwargs["db"] == 3
+
+
+def test_a_cluster_of_three_masters(start: Start) -> None:
+    ports = [start("--cluster-enabled", "yes") for _ in range(3)]
+    nodes = [Redis(port=port) for port in ports]
+    for number, node in enumerate(nodes):
+        node.execute_command("CLUSTER ADDSLOTS", *range(number * 5462, min(16384, (number + 1) * 5462)))
+        node.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
+    for node in nodes:
+        until(lambda node=node: "'cluster_state': 'ok'" in str(node.execute_command("CLUSTER INFO")))
+    url = f"redis+cluster://127.0.0.1:{ports[1]}"
+    client = connect(url)
+    assert "append-only persistence is off" in check(client, url)[0]
+    assert_delivers(client)
+
+
+def test_a_sentinel_group(start: Start, tmp_path: Path) -> None:
+    master = start()
+    configuration = tmp_path / "sentinel.conf"
+    configuration.write_text(f"sentinel monitor mymaster 127.0.0.1 {master} 1\n")
+    sentinel = start(program=(str(configuration), "--sentinel"))
+    url = f"redis+sentinel://127.0.0.1:{sentinel}/mymaster/0"
+    client = connect(url)
+    until(lambda: check(client, url), RedisRefusedError)
+    assert_delivers(client)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://localhost", "Redis URL must specify one of the following schemes"),
+        (
+            "redis+sentinel://localhost/mymaster",
+            "a Sentinel URL reads redis.sentinel://host:port,host:port/master-name/db",
+        ),
+        ("redis+cluster://127.0.0.1:1", "Redis Cluster cannot be connected"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_named(url: str, message: str) -> None:
+    with pytest.raises(RedisRefusedError, match=message):
+        connect(url)
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
+    url = "redis://user:secret@127.0.0.1:1"
+    client = connect(url, timeout=0.1)
+    client.set_retry(None)  # pyright: ignore[reportArgumentType]  # no retry: the test need not wait
+    with pytest.raises(RedisRefusedError, match="does not answer") as caught:
+        check(client, url)
+    assert "secret" not in str(caught.value)
+    assert without_password(url) == "redis://user:********@127.0.0.1:1"
+
+
+def test_a_server_that_may_evict_is_refused(redis_client: Redis, redis_server: EmbeddedRedis) -> None:
+    redis_client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(RedisRefusedError, match=r"allkeys-lru.*CONFIG SET maxmemory-policy noeviction"):
+            check(redis_client, redis_server.url)
+    finally:
+        redis_client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_what_the_persistence_can_lose_is_said(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server, Redis.from_url(server.url) as client:
+        assert check(client, server.url) == []
+        client.config_set("appendfsync", "everysec")
+        assert "last second" in check(client, server.url)[0]
+        client.config_set("appendonly", "no")
+        assert "append-only persistence is off" in check(client, server.url)[0]
+
+
+def test_the_embedded_server_keeps_its_data_over_a_kill_and_a_restart(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path).start()
+    push = Push("k", "1", 60, b"chunk", 1, 5)
+    RedisBuffer(connect(server.url), Names(), full_records=10, full_bytes=1000).push([push])
+    assert server.process
+    os.kill(server.process.pid, 9)
+    server.process.wait()
+    server.stop()
+    with EmbeddedRedis(tmp_path) as server:
+        buffer = RedisBuffer(connect(server.url), Names(), full_records=10, full_bytes=1000)
+        assert [state.key for state in buffer.waiting()] == ["k"]
+
+
+def test_a_second_process_uses_the_first_ones_embedded_server(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path, durable=False) as first:
+        second = EmbeddedRedis(tmp_path).start()
+        assert (first.is_owner, second.is_owner) == (True, False)
+        second.stop()
+        assert connect(first.url).ping()
+
+
+def test_a_directory_too_deep_for_a_socket_works_as_well(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / ("deep" * 40), durable=False) as server:
+        assert connect(server.url).ping()

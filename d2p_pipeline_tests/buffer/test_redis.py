@@ -1,0 +1,138 @@
+"""What holds on Redis in particular: lost replies, foreign producers, a full server, indexes that miss something."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError
+from redis.retry import Retry
+
+from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline.buffer.names import Names
+from d2p_pipeline.buffer.protocol import BatchRef, BufferFullError, BufferUnavailableError, Claim, Push, Seal, Totals
+from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline_tests.buffer.conftest import CuttingProxy
+
+REF = BatchRef("k", "B1")
+CLAIM = Claim(REF, "run", 1)
+CHUNK = Push("k", "1", 60, b"chunk", 1, 5, 1, [b"letter"])
+
+
+def cut_off(proxy: CuttingProxy, times: int = 3) -> RedisBuffer:
+    client = Redis.from_url(proxy.url, retry=Retry(NoBackoff(), times, supported_errors=(ConnectionError,)))
+    return RedisBuffer(client, Names(), full_records=100, full_bytes=10_000)
+
+
+STEPS: list[tuple[str, Callable[[RedisBuffer], object]]] = [
+    ("push", lambda buffer: buffer.push([CHUNK])),
+    ("seal", lambda buffer: buffer.seal([Seal("k", "B1", "age")])),
+    ("claim", lambda buffer: buffer.claim(REF, "run", 60_000)),
+    ("renew", lambda buffer: buffer.renew(CLAIM, 60_000)),
+    ("plan", lambda buffer: buffer.plan(REF, [(0, 1)])),
+    ("acknowledge", lambda buffer: buffer.acknowledge(CLAIM, 0, units=2, rows=1, rejected=1, dead_letters=[b"late"])),
+    ("release", lambda buffer: buffer.release(CLAIM)),
+]
+
+
+@pytest.mark.parametrize("cut", [name for name, _ in STEPS])
+def test_a_reply_lost_after_any_step_changes_nothing(redis_client: Redis, proxy: CuttingProxy, cut: str) -> None:
+    buffer = cut_off(proxy)
+    buffer.now()  # scripts are loaded and the connection is open: the cut hits the step itself
+    for name, step in STEPS:
+        if name == cut:
+            proxy.cut_next()
+        step(buffer)
+    assert proxy.cuts == 1
+    batch = buffer.batch(REF)
+    assert batch
+    assert (batch.token, batch.plan, batch.units_done, batch.rows) == (1, ((0, 1),), {0}, 1)
+    assert buffer.read(REF, 0, 9) == [b"chunk"]
+    assert buffer.dead_letters("k") == [b"letter", b"late"]
+    assert dict(buffer.totals()) == {"k": Totals(2, 1, 2)}
+    assert not buffer.is_claimed(REF)
+    assert list(buffer.waiting()) == []
+
+
+def test_a_server_that_forgot_the_scripts_gets_them_again(redis_client: Redis, redis_buffer: RedisBuffer) -> None:
+    redis_buffer.push([CHUNK])
+    redis_client.script_flush()
+    redis_buffer.push([CHUNK, Push("other", "1", 60, b"chunk", 1, 5)])
+    assert sorted(state.key for state in redis_buffer.waiting()) == ["k", "other"]
+
+
+def test_a_producer_that_only_pushes_lines_is_found_and_becomes_due(
+    redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    redis_client.rpush("data:{payments}", b'{"a":1}', b'{"a":2}')
+    redis_client.rpush("data:{flood}", *[b"{}"] * 100)
+    assert redis_buffer.due(redis_buffer.now() + 1, 10) == []
+    assert redis_buffer.reconcile() == 2
+    assert [state.key for state in redis_buffer.due(0, 10)] == ["flood"]
+    [batch] = redis_buffer.seal([Seal("payments", "B1", "age")])
+    assert (batch.chunks, batch.records, batch.counted) == (2, 0, False)
+    claim = redis_buffer.claim(batch.ref, "run", 60_000)
+    assert claim
+    redis_buffer.acknowledge(claim, 0, units=1, rows=1, rejected=1)
+    assert dict(redis_buffer.totals()) == {"payments": Totals(accepted=2, rows=1, dead_letters=1)}
+
+
+def test_a_size_that_a_foreign_producer_reached_makes_an_indexed_buffer_due(
+    redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    redis_buffer.push([CHUNK])
+    redis_client.rpush("data:{k}", *[b"{}"] * 100)
+    redis_buffer.reconcile()
+    assert [(state.key, state.records, state.chunks) for state in redis_buffer.due(0, 10)] == [("k", 101, 101)]
+
+
+def test_buffers_and_batches_that_no_index_knows_are_adopted(redis_client: Redis, redis_buffer: RedisBuffer) -> None:
+    redis_buffer.push([CHUNK])
+    redis_buffer.seal([Seal("k", "B1", "age")])
+    redis_buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
+    redis_client.delete("keys", "batches")  # as if the process had died before it wrote them
+    later = redis_buffer.now() + 1000
+    assert redis_buffer.due(later, 10) == []
+    assert redis_buffer.due_batches(later, 10) == []
+    assert redis_buffer.reconcile() == 2
+    assert [state.key for state in redis_buffer.due(later, 10)] == ["other"]
+    assert [batch.ref for batch in redis_buffer.due_batches(later, 10)] == [REF]
+    assert redis_buffer.reconcile() == 0
+
+
+def test_a_full_server_refuses_a_push_whole_and_lets_deliveries_go_on(
+    redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    redis_buffer.push([CHUNK])
+    redis_client.config_set("maxmemory", 1)
+    with pytest.raises(BufferFullError, match="out of memory"):
+        redis_buffer.push([Push("k", "2", 60, b"more", 1, 4), Push("fresh", "2", 60, b"more", 1, 4)])
+    assert [(state.key, state.records) for state in redis_buffer.waiting()] == [("k", 1)]
+    redis_buffer.seal([Seal("k", "B1", "age")])
+    claim = redis_buffer.claim(REF, "run", 60_000)
+    assert claim
+    assert redis_buffer.plan(REF, [(0, 1)])
+    redis_buffer.postpone(REF, 0, requested=True)
+    assert redis_buffer.acknowledge(claim, 0, units=1, rows=0, rejected=1, dead_letters=[b"letter"]) == "complete"
+    redis_client.config_set("maxmemory", 0)
+    assert dict(redis_buffer.totals()) == {"k": Totals(accepted=2, rows=0, dead_letters=2)}
+
+
+def test_another_programs_value_under_our_name_is_left_alone_and_named(
+    redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    redis_client.set("data:{k}", "not ours")
+    redis_buffer.request_flush(["k"])
+    with pytest.raises(Exception, match=r"data:\{k\} is a string, not a list of chunks; rename or delete it"):
+        redis_buffer.seal([Seal("k", "B1", "age")])
+    assert redis_client.get("data:{k}") == b"not ours"
+
+
+def test_a_server_that_is_gone_is_a_clear_error(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path, durable=False) as server:
+        client = Redis.from_url(server.url, retry=Retry(NoBackoff(), 0))
+        buffer = RedisBuffer(client, Names(), full_records=1, full_bytes=1)
+        buffer.push([CHUNK])
+    with pytest.raises(BufferUnavailableError, match="Redis does not take the request"):
+        buffer.push([CHUNK])

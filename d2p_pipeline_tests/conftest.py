@@ -1,0 +1,43 @@
+"""Real parts for every test: one embedded Redis server per test process, emptied before each use."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline.buffer.memory import MemoryBuffer
+from d2p_pipeline.buffer.names import Names
+from d2p_pipeline.buffer.protocol import Buffer
+from d2p_pipeline.buffer.redis import RedisBuffer
+
+FULL_RECORDS = 100
+FULL_BYTES = 10_000
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[EmbeddedRedis]:
+    with tempfile.TemporaryDirectory() as directory, EmbeddedRedis(Path(directory), durable=False) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_client(redis_server: EmbeddedRedis) -> Iterator[Redis]:
+    with Redis.from_url(redis_server.url) as client:
+        client.flushall()
+        yield client
+        client.config_set("maxmemory", 0)
+
+
+@pytest.fixture
+def redis_buffer(redis_client: Redis) -> RedisBuffer:
+    return RedisBuffer(redis_client, Names(), full_records=FULL_RECORDS, full_bytes=FULL_BYTES)
+
+
+@pytest.fixture(params=["redis", "memory"])
+def buffer(request: pytest.FixtureRequest) -> Buffer:
+    if request.param == "memory":
+        return MemoryBuffer(full_records=FULL_RECORDS, full_bytes=FULL_BYTES)
+    return request.getfixturevalue("redis_buffer")
