@@ -17,10 +17,12 @@ _WINDOW = 10_000  # records grouped by key for one Redis pipeline
 
 def generate(
     count: Annotated[int, typer.Argument(min=0, help="Records to make.")] = 100_000,
-    seed: Annotated[int, typer.Option(help="The same seed makes the same records.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed makes the same records; give generators that run at once different ones.")
+    ] = 0,
     profile: Annotated[
         Literal["canonical", "d2p"],
-        typer.Option(help="canonical: about 880 bytes a record; d2p: Data2Parquet-go's generator, about 2.3 kB."),
+        typer.Option(help="canonical: about 870 bytes a record; d2p: Data2Parquet-go's generator, about 2.3 kB."),
     ] = "canonical",
     keys: Annotated[int, typer.Option(min=1, help="Business capabilities (canonical only).")] = 8,
     bad_ratio: Annotated[float, typer.Option(min=0, max=1, help="Fraction of records spoiled on purpose.")] = 0.0,

@@ -119,7 +119,7 @@ def test_message_ids_are_unique_ulids_of_the_records_time(profile: Profile) -> N
     assert milliseconds == START.timestamp() * 1000
 
 
-def test_canonical_records_are_about_880_bytes_and_take_the_keys_in_turn() -> None:
+def test_canonical_records_are_about_870_bytes_and_take_the_keys_in_turn() -> None:
     lines = list(generate(4000, keys=20))
     assert 855 < sum(map(len, lines)) / len(lines) < 905
     counts = Counter(capability_of(line) for line in lines)
