@@ -49,7 +49,8 @@ def generate(
     2.3 kB a record (2.6 kB in the indented form that program writes); `keys` has no effect on it.
 
     Record times run evenly from `start` (with a time zone) over `span`, or are the wall clock's when `start` is None.
-    `message-id` is unique, also among generators that run at once as long as their seeds differ. `extra_field` adds a field that the record schema does not know, `build-number`.
+    `message-id` is unique, also among generators that run at once as long as their seeds differ.
+    `extra_field` adds a field that the record schema does not know, `build-number`.
 
     Exactly `round(count * bad_ratio)` records, at places the seed chooses, are spoiled by the `faults` in turn; all but
     `not-an-object` keep their business-capability. Without `truncated` every line is valid JSON.
