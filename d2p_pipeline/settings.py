@@ -1,0 +1,784 @@
+"""Every setting: its name, meaning, range and default, and how a set of them is read.
+
+`load` merges, strongest first, explicit values (command line flags), the `D2P_*` environment and one file; processes call
+it once, at their edge, and hand plain values inwards. A `Settings` that exists is valid as a whole: whatever is wrong is
+raised at once, in one `SettingsError`. `python -m d2p_pipeline.settings > docs/configuration.md` rewrites the reference.
+"""
+
+import difflib
+import ipaddress
+import json
+import os
+import re
+import socket
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+from urllib.parse import quote
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+ENV_PREFIX = "D2P_"
+HIDDEN = "********"
+
+Origin = Literal["default", "file", "env", "flag"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with the settings. `value` is ready to be shown: secrets are hidden, None means there is none."""
+
+    setting: str
+    value: str | None
+    allowed: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.setting}: {self.allowed}"
+            if self.value is None
+            else f"{self.setting} = {self.value}: {self.allowed}"
+        )
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; `problems` and the message, one per line, list everything that has to change."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+_BYTE_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _read_bytes(value: object) -> object:
+    match = re.fullmatch(r"(\d+) *([kmg]i?b)", value.strip(), re.IGNORECASE) if isinstance(value, str) else None
+    return int(match[1]) * _BYTE_UNITS[match[2].lower()] if match else _refuse_bool(value)
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _split_at(separators: str) -> Callable[[object], object]:
+    def split(value: object) -> object:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+            return value
+        return tuple(part for item in items for part in re.split(separators, item) if part)
+
+    return split
+
+
+def _matching(pattern: str, allowed: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"should be {allowed}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _not_empty(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("should name at least one field")
+    return names
+
+
+def _field_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.lower().replace("_", "-") for name in names))
+
+
+def _check_token(token: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[A-Za-z0-9._~+/=-]+", token.get_secret_value()):
+        raise ValueError("a bearer token consists of letters, digits and - . _ ~ + / = (RFC 6750)")
+    return token
+
+
+def _check_redis_url(url: SecretStr) -> SecretStr:
+    text = url.get_secret_value()
+    if not re.fullmatch(r"(rediss?(\+cluster)?|redis\+sentinel|unix)://\S+", text):
+        raise ValueError("should begin with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://")
+    if text.startswith("redis+sentinel://") and not re.fullmatch(r"[^/]+/[^/?]+.*", text.partition("://")[2]):
+        raise ValueError("should read redis+sentinel://host:port,host:port/master-name/db")
+    return url
+
+
+def _client_default(seconds: float) -> float:
+    if seconds != -1 and seconds < 0:
+        raise ValueError("should be a number of seconds, or 0 or -1 for the client's default")
+    return max(seconds, 0.0)
+
+
+_CRON_FIELDS = (
+    (0, 59, ""),
+    (0, 23, ""),
+    (1, 31, ""),
+    (1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    (0, 7, "sun mon tue wed thu fri sat"),
+)
+
+
+def _check_cron(text: str) -> str:
+    fields = text.lower().split()
+    if len(fields) != len(_CRON_FIELDS) or not all(map(_is_cron_field, fields, _CRON_FIELDS)):
+        raise ValueError("should have five fields: minute hour day-of-month month day-of-week, such as */5 * * * *")
+    return " ".join(fields)
+
+
+def _is_cron_field(field: str, bounds: tuple[int, int, str]) -> bool:
+    low, high, names = bounds
+
+    def number(text: str) -> int:
+        return names.split().index(text) + low if text in names.split() else int(text)
+
+    for part in field.split(","):
+        match = re.fullmatch(r"(\*|(\d{1,2}|[a-z]{3})(-(\d{1,2}|[a-z]{3}))?)(/([1-9]\d?))?", part)
+        if not match or (match[5] and match[1] != "*" and not match[3]) or int(match[6] or 1) > high:
+            return False
+        if match[1] == "*":
+            continue
+        ends = [match[2], match[4] or match[2]]
+        if not all(end.isdigit() or end in names.split() for end in ends):
+            return False
+        if not low <= number(ends[0]) <= number(ends[1]) <= high:
+            return False
+    return True
+
+
+Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
+CountOrNone = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
+Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(ge=1)]
+BytesOrNone = Annotated[int, BeforeValidator(_read_bytes), Field(ge=0)]
+Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0)]
+Port = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=65535)]
+RedisName = Annotated[str, _matching(r"[A-Za-z0-9_.:-]+", "letters, digits and _ . : -")]
+RedisHost = Annotated[str, _matching(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:\d{1,5})?", "host:port")]
+HttpUrl = Annotated[str, _matching(r"https?://[^\s/]\S*", "a URL that begins with http:// or https://")]
+Bucket = Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", "a bucket's name, without s3:// and path")]
+RoleArn = Annotated[str, _matching(r"arn:[^:\s]+:iam::[^:\s]*:role/\S+", "arn:aws:iam::ACCOUNT:role/NAME")]
+Function = Annotated[str, _matching(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", "a Python function, as module:function")]
+KeyFields = Annotated[tuple[str, ...], BeforeValidator(_split_at(r"[,\s]+")), AfterValidator(_not_empty)]
+Tokens = Annotated[
+    tuple[Annotated[SecretStr, AfterValidator(_check_token)], ...], BeforeValidator(_split_at(r"[,\s]+"))
+]
+FieldList = Annotated[tuple[str, ...], BeforeValidator(_split_at(r"[;:,\s|/\\]+")), AfterValidator(_field_names)]
+
+
+class Settings(BaseSettings):
+    """All settings of the project, valid together and immutable. See `load`.
+
+    Constructing it directly reads the environment and the file too; values passed by name win.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    SECTIONS: ClassVar[dict[str, str]] = {
+        "config": "Where settings come from",
+        "record_type": "Records",
+        "buffer_type": "Buffer",
+        "redis_url": "Redis",
+        "flush_cron": "Delivery",
+        "writer_type": "Files",
+        "s3_bucket_name": "S3",
+        "address": "HTTP receiver",
+        "dagster_port": "Dagster and logs",
+    }
+    """The first setting of each section of the reference, and the section's title."""
+
+    config: Path | None = None
+    """File to read settings from: JSON, TOML, or a Fluent Bit configuration with an `[OUTPUT]` section."""
+
+    record_type: Annotated[Literal["log", "dynamic"], BeforeValidator(_lower)] = "log"
+    """`log`: the 34 columns of a log record; `dynamic`: columns from `json_schema_path`, or inferred."""
+    json_schema_path: Path | None = None
+    """JSON Schema of `dynamic` records."""
+    key_fields: KeyFields = ("business-capability",)
+    """Fields whose values, joined with `:`, separate the buffers; comma or space between names."""
+    time_field: str = "time"
+    """Field that holds a record's time."""
+    default_capability: str | None = None
+    """Capability of records that have none; without it they become dead letters."""
+    s3_default_capability: str | None = None
+    """Older name of `default_capability`, used where that is absent."""
+    ignored_fields: FieldList = ()
+    """Fields dropped before anything is stored; any of `; : , | / \\` or a space between names, case and `_`/`-` alike."""
+    mask_fields: FieldList = ()
+    """Fields whose values become `*` before anything is stored; written like `ignored_fields`."""
+    transform: Function | None = None
+    """Python function called on the records before they are validated, as `module:function`."""
+    use_hmac: bool = False
+    """Fill the `hmac` column with HMAC-SHA256 of each record; needs `hmac_key`."""
+    hmac_key: SecretStr | None = None
+    """Key of the HMAC, as text (secret)."""
+    max_record_bytes: Bytes = 16 * 2**20
+    """Longest record accepted, in bytes of JSON; a longer one is rejected."""
+
+    buffer_type: Annotated[Literal["mem", "redis"], BeforeValidator(_lower)] = "redis"
+    """`redis`: durable, and an embedded server where none is configured; `mem`: lost with the process."""
+    buffer_size: Count = 100
+    """Records in a buffer that make it due."""
+    flush_interval: Seconds = 5.0
+    """Age of a buffer's oldest record that makes it due, in seconds."""
+    flush_bytes: Bytes = 64 * 2**20
+    """Raw bytes in a buffer that make it due."""
+    max_key_bytes: BytesOrNone = 0
+    """Raw bytes one key may have waiting before its requests are refused; 0: no limit."""
+    max_buffer_bytes: BytesOrNone = 0
+    """Raw bytes all keys together may have waiting before requests are refused; 0: no limit."""
+    push_window: Seconds = 120.0
+    """How long a repeated push (the same `Idempotency-Key`) is recognised, in seconds."""
+    home: Path = Path(".d2p")
+    """Directory of local state: the embedded Redis and DAGSTER_HOME."""
+
+    redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = None
+    """Redis to use (`redis://`, `rediss://`, `unix://`, `redis+sentinel://`, `redis+cluster://`); decides over `redis_host`
+    and `redis_db`, and over user and password where it names one (secret)."""
+    redis_host: RedisHost | None = None
+    """Redis to use, as `host:port`."""
+    redis_db: CountOrNone = 0
+    """Database number on `redis_host`."""
+    redis_username: str | None = None
+    """ACL user."""
+    redis_password: SecretStr | None = None
+    """Password (secret)."""
+    redis_timeout: Annotated[float, BeforeValidator(_refuse_bool), AfterValidator(_client_default)] = 0.0
+    """Longest wait for an answer of Redis, in seconds; 0 or -1: the client's default."""
+    redis_skip_flush: bool = False
+    """Receive only: this instance seals and delivers nothing, others do."""
+    redis_lock_ttl: Seconds = Field(
+        default_factory=lambda data: max(5.0, 1.5 * data["flush_interval"]),
+        json_schema_extra={"default": "1.5 × `flush_interval`, at least 5"},
+    )
+    """How long the lease on a batch outlives its last renewal, in seconds; a shorter value than 5 has to be given."""
+    redis_lock_instance_name: str = Field(
+        default_factory=socket.gethostname, json_schema_extra={"default": "the host's name"}
+    )
+    """Name of this instance in the leases it holds."""
+    redis_data_prefix: RedisName = "data"
+    """First part of the names of buffers."""
+    redis_dlq_prefix: RedisName = "dlq"
+    """First part of the names of dead letter lists."""
+    redis_lock_prefix: RedisName = "lock"
+    """First part of the names of leases."""
+    redis_keys: RedisName = "keys"
+    """Name of the index of keys."""
+    redis_recovery_key: RedisName = "recovery"
+    """Accepted and unused: a batch whose delivery failed stays where it is."""
+
+    flush_cron: Annotated[str, AfterValidator(_check_cron)] = "*/5 * * * *"
+    """Schedule, in UTC, on which everything buffered is flushed: minute hour day-of-month month day-of-week."""
+    unit_bytes: Bytes = 64 * 2**20
+    """Raw bytes that one pass converts; bounds the memory."""
+    run_bytes: Bytes = 512 * 2**20
+    """Raw bytes that small keys due together may share a run for."""
+    max_runs_per_tick: Count = 10
+    """Runs asked for in one tick of the sensor."""
+    use_dlq: bool = True
+    """Keep rejected records, with the reason, as dead letters; `false`: they are counted, logged and dropped."""
+    try_auto_recover: bool = False
+    """Deliver failed batches again without being asked."""
+    recovery_attempts: CountOrNone = 3
+    """Automatic deliveries of a failed batch before it waits for a manual one."""
+
+    writer_type: Annotated[Literal["file", "aws-s3"], BeforeValidator(_lower)] = "file"
+    """Where files go: a local directory, or a bucket."""
+    writer_file_path: Path = Path("out")
+    """Root directory of the files when `writer_type` is `file`."""
+    writer_compression_type: Annotated[Literal["snappy", "zstd", "gzip", "none"], BeforeValidator(_lower)] = "snappy"
+    """Compression of the Parquet files."""
+    writer_row_group_size: Bytes = 128 * 2**20
+    """Largest row group, in bytes."""
+    timestamp_unit: Annotated[Literal["ms", "us", "ns"], BeforeValidator(_lower)] = "us"
+    """Precision of the `time` column."""
+    column_names: Annotated[Literal["kebab", "snake"], BeforeValidator(_lower)] = "kebab"
+    """Column names: `business-capability`, or `business_capability`, which suits Athena and Hive."""
+    partition_time: Annotated[Literal["event", "ingest"], BeforeValidator(_lower)] = "event"
+    """Time that places a record in its hour: its own, or that of its arrival."""
+    use_hash: bool = False
+    """Append the MD5 of a file's bytes to its name."""
+
+    s3_bucket_name: Bucket | None = None
+    """Bucket; required when `writer_type` is `aws-s3`."""
+    s3_region: str | None = None
+    """Region of the bucket; required when `writer_type` is `aws-s3`, unless `s3_endpoint` is given."""
+    s3_endpoint: HttpUrl | None = None
+    """URL of another S3 service than that of AWS."""
+    s3_role_arn: RoleArn | None = None
+    """Role to assume; without it the credentials of the environment are used."""
+    s3_sts_endpoint: HttpUrl | None = None
+    """URL of another STS service than that of AWS."""
+
+    address: Annotated[str, _matching(r"\S+", "an address or a host name")] = "127.0.0.1"
+    """Address to listen on; beyond loopback only with `tokens` or `allow_remote_without_token`."""
+    port: Port = 8080
+    """Port to listen on."""
+    workers: Count = 1
+    """Processes that receive."""
+    max_body_bytes: Bytes = 64 * 2**20
+    """Longest request body, in bytes after decompression."""
+    tokens: Tokens = ()
+    """Bearer tokens, any of which a request has to carry; comma or space between them (secret)."""
+    allow_remote_without_token: bool = False
+    """Listen beyond loopback though everyone who reaches the port may write."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM) to serve HTTPS with; needs `tls_key`."""
+    tls_key: Path | None = None
+    """Private key (PEM) of `tls_cert`."""
+
+    dagster_port: Port = 3000
+    """Port of the Dagster webserver."""
+    debug: bool = False
+    """Log in detail."""
+    log_formatter: Annotated[Literal["color", "text", "json", "multi"], BeforeValidator(_lower)] = "color"
+    """Form of log lines on standard error."""
+
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was accepted without effect or read as something else, one sentence each."""
+        return self._notes
+
+    def origin(self, name: str) -> Origin:
+        """Which source gave the value of the setting `name`."""
+        return self._origins.get(name, "default")
+
+    def shown(self, name: str) -> Any:
+        """The value of `name` as JSON has it, with secrets hidden; of `redis_url`, only what is no secret."""
+        value = getattr(self, name)
+        if name == "redis_url" and value is not None:
+            return _without_secrets(value.get_secret_value())
+        if isinstance(value, tuple):
+            return [HIDDEN if isinstance(item, SecretStr) else item for item in value]
+        if isinstance(value, SecretStr):
+            return HIDDEN
+        return str(value) if isinstance(value, Path) else value
+
+    def environment(self) -> dict[str, str]:
+        """`D2P_*` variables, secrets in clear, that give a child process these settings without the file."""
+        given = sorted(self.model_fields_set - {"config"})
+        return {ENV_PREFIX + name.upper(): _as_text(getattr(self, name)) for name in given}
+
+    def redis_dsn(self) -> str | None:
+        """URL of the configured Redis, password in clear; None when neither `redis_url` nor `redis_host` is given."""
+        if self.redis_url is not None:
+            url = self.redis_url.get_secret_value()
+        elif self.redis_host is not None:
+            url = f"redis://{self.redis_host}/{self.redis_db}"
+        else:
+            return None
+        scheme, _, rest = url.partition("://")
+        password = self.redis_password.get_secret_value() if self.redis_password else ""
+        if "@" in rest.partition("/")[0] or not (self.redis_username or password):
+            return url
+        return f"{scheme}://{quote(self.redis_username or '', safe='')}:{quote(password, safe='')}@{rest}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        environment = _read_environment()
+        path = init_settings().get("config") or environment.get("config")
+        file = _read_file(Path(path)) if path else {}
+        return init_settings, InitSettingsSource(settings_cls, environment), InitSettingsSource(settings_cls, file)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _find_every_problem(cls, data: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, Settings):
+            return build(data)
+        problems: list[Problem] = []
+        given, notes = _bring_up_to_date(data, problems)
+        try:
+            settings = build(given)
+        except ValidationError as error:
+            wrong = {str(line["loc"][0]) for line in error.errors()}
+            problems += _problems_of(error)
+            settings = build({name: value for name, value in given.items() if name not in wrong})
+        else:
+            wrong = set()
+        problems += [problem for involved, problem in _conflicts(settings) if not wrong & involved]
+        if problems:
+            raise SettingsError(problems)
+        settings._notes = (*notes, *_notes_on(settings))
+        return settings
+
+
+def load(config: Path | None = None, **overrides: Any) -> Settings:
+    """The settings in force: `overrides` by setting name (None: not given), then `D2P_*`, then the file `config` or D2P_CONFIG.
+
+    Raises SettingsError with every problem found.
+    """
+    flags = {name: value for name, value in {"config": config, **overrides}.items() if value is not None}
+    settings = Settings(**flags)
+    environment = _read_environment()
+    for name in settings.model_fields_set:
+        settings._origins[name] = "flag" if name in flags else "env" if name in environment else "file"
+    return settings
+
+
+# --- reading the sources
+
+
+def _squash(name: str) -> str:
+    """`redis_dlq_prefix`, `RedisDLQPrefix` and `REDIS_DLQ_PREFIX` are one name."""
+    return name.replace("_", "").lower()
+
+
+# Names of the predecessors that are no settings any more; what became of them is said in a note.
+RETIRED = {
+    "disable_log_colors": '`log_formatter = "text"` does this',
+    "ledis_path": "there is no Ledis buffer",
+    "log_path": "logs go to standard error",
+    "redis_sql_prefix": "it never had an effect",
+    "s3_account": "`s3_role_arn` names the account",
+    "s3_role_name": "`s3_role_arn` names the role",
+    "wwriter_type": "the predecessors' samples switch a line off by this spelling",
+}
+
+_NAMES = {_squash(name): name for name in (*Settings.model_fields, *RETIRED)}
+
+# What Kubernetes puts into every container about a Service called `d2p` or `d2p-…`.
+_SERVICE_LINK = re.compile(r"D2P_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+
+
+def _read_environment() -> dict[str, Any]:
+    links = ("tcp://", "udp://", "sctp://")
+    return _named(
+        (name, name[len(ENV_PREFIX) :], value)
+        for name, value in os.environ.items()
+        if name.startswith(ENV_PREFIX) and not _SERVICE_LINK.fullmatch(name) and not value.startswith(links)
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        entries = _parse(path.suffix.lower(), path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise SettingsError([Problem("config", str(path), f"cannot be read: {error}")]) from error
+    values = _named((name, name, value) for name, value in entries)
+    if "config" in values:
+        raise SettingsError([Problem("config", str(path), "a settings file cannot name another one")])
+    return values
+
+
+def _named(entries: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Values under the settings' own names, from (name as written, name to look up, value); empty values are left out."""
+    values: dict[str, Any] = {}
+    written: dict[str, str] = {}
+    for name, lookup, value in entries:
+        if value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        setting = name if lookup.startswith("_") else _NAMES.get(_squash(lookup), name)
+        if setting in values:
+            raise SettingsError([Problem(setting, None, f"is given twice, as {written[setting]} and as {name}")])
+        values[setting], written[setting] = value, name
+    return values
+
+
+def _parse(suffix: str, text: str) -> list[tuple[str, Any]]:
+    if suffix == ".json" or (suffix != ".toml" and text.lstrip().startswith("{")):
+        return _parse_json(text)
+    if suffix != ".toml" and re.search(r"^\s*\[OUTPUT\]\s*$", text, re.IGNORECASE | re.MULTILINE):
+        return _parse_fluent(text)
+    try:
+        return list(tomllib.loads(text).items())
+    except tomllib.TOMLDecodeError as error:
+        if suffix == ".toml":
+            raise
+        raise ValueError(f"neither a JSON object, nor a Fluent Bit [OUTPUT] section, nor TOML ({error})") from error
+
+
+def _parse_json(text: str) -> list[tuple[str, Any]]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is given twice")
+        return dict(pairs)
+
+    values = json.loads(text, object_pairs_hook=unique)
+    if not isinstance(values, dict):
+        raise ValueError("should be one JSON object")
+    return list(values.items())
+
+
+# Keys of every Fluent Bit output. `Workers` is one too, but means the same here.
+_STOCK_KEYS = {"alias", "host", "match", "match_regex", "name", "no_multiplex", "processors", "retry_limit", "tls"}
+
+
+def _parse_fluent(text: str) -> list[tuple[str, Any]]:
+    """The keys of the one `[OUTPUT]` section that is ours: named `out_parquet`, or the only one there is.
+
+    https://docs.fluentbit.io/manual/administration/configuring-fluent-bit/classic-mode/format-schema
+    """
+    sections: list[tuple[str, list[tuple[str, str]]]] = []
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if not line or line.startswith(("#", "@")):
+            continue
+        if line.startswith("["):
+            sections.append((line.strip("[] ").lower(), []))
+        elif sections:
+            name, *rest = line.split(None, 1)
+            sections[-1][1].append((name, rest[0] if rest else ""))
+        else:
+            raise ValueError(f"line {number}: a key outside of any section")
+    outputs = [entries for title, entries in sections if title == "output"]
+    ours = [entries for entries in outputs if ("name", "out_parquet") in [(n.lower(), v.lower()) for n, v in entries]]
+    if len(ours or outputs) != 1:
+        raise ValueError(f"one [OUTPUT] section should have Name out_parquet; {len(ours)} of {len(outputs)} have")
+    return [(name, _interpolate(value)) for name, value in (ours or outputs)[0] if not _is_stock(name.lower())]
+
+
+def _is_stock(key: str) -> bool:
+    return key in _STOCK_KEYS or key.startswith(("log_level", "log_suppress_", "net.", "storage.", "tls."))
+
+
+def _interpolate(value: str) -> str:
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ValueError(f"{match[0]} is not set in the environment")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", variable, value)
+
+
+# --- judging the values
+
+
+def _bring_up_to_date(data: dict[str, Any], problems: list[Problem]) -> tuple[dict[str, Any], list[str]]:
+    """Values without empty and retired ones, and the notes on those; older spellings take effect under the present ones."""
+    stripped = {name: value.strip() if isinstance(value, str) else value for name, value in data.items()}
+    given = {name: value for name, value in stripped.items() if value is not None and value != ""}
+    notes = [f"{name}: begins with an underscore; ignored" for name in given if name.startswith("_")]
+    old = {name: given.pop(name) for name in list(given) if name in RETIRED or name.startswith("_")}
+    if "s3_default_capability" in given:
+        given.setdefault("default_capability", given["s3_default_capability"])
+    if str(old.get("disable_log_colors")).lower() == "true" and "log_formatter" not in given:
+        given["log_formatter"] = "text"
+        notes.append('disable_log_colors: read as log_formatter = "text"')
+        del old["disable_log_colors"]
+    if "s3_role_name" in old and "s3_role_arn" not in given:
+        if "s3_account" in old:
+            given["s3_role_arn"] = f"arn:aws:iam::{old.pop('s3_account')}:role/{old['s3_role_name']}"
+            notes.append(f"s3_role_name, s3_account: read as s3_role_arn = {given['s3_role_arn']}")
+        else:
+            problems.append(Problem("s3_role_name", None, "needs s3_account; or give s3_role_arn instead of both"))
+        del old["s3_role_name"]
+    notes += [f"{name}: {RETIRED[name].replace('`', '')}; ignored" for name in old if name in RETIRED]
+    return given, notes
+
+
+def _notes_on(settings: Settings) -> Iterator[str]:
+    given = settings.model_fields_set
+    if settings.redis_url is not None:
+        yield from (f"{name}: redis_url decides; ignored" for name in ("redis_host", "redis_db") if name in given)
+    elif settings.redis_skip_flush and settings.redis_host is None:
+        yield "redis_skip_flush: no Redis is configured, so nothing else delivers what this instance receives"
+    if "redis_recovery_key" in given:
+        yield "redis_recovery_key: a batch whose delivery failed stays where it is; ignored"
+
+
+def _problems_of(error: ValidationError) -> Iterator[Problem]:
+    for line in error.errors(include_url=False):
+        name = str(line["loc"][0])
+        if line["type"] == "extra_forbidden":
+            yield Problem(name, None, f"is no setting; the nearest is {_nearest(name)}")
+        elif line["type"] != "default_factory_not_called":
+            allowed = line["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            yield Problem(name, _shown_input(name, line["input"]), allowed)
+
+
+def _nearest(name: str) -> str:
+    is_variable = name.startswith(ENV_PREFIX)
+    wanted = _squash(name.removeprefix(ENV_PREFIX))
+    [match] = difflib.get_close_matches(wanted, map(_squash, Settings.model_fields), n=1, cutoff=0)
+    return ENV_PREFIX + _NAMES[match].upper() if is_variable else _NAMES[match]
+
+
+def _shown_input(name: str, value: Any) -> str:
+    if _is_secret(Settings.model_fields[name]):
+        return HIDDEN
+    text = _without_secrets(value) if isinstance(value, str) else str(value) if isinstance(value, Path) else value
+    shown = repr(text)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
+
+
+def _is_secret(field: FieldInfo) -> bool:
+    return "SecretStr" in repr(field.annotation)
+
+
+def _without_secrets(url: str) -> str:
+    url = re.sub(r"(://[^:/@]*):?.*@", lambda match: f"{match[1]}:{HIDDEN}@", url, flags=re.DOTALL)
+    return re.sub(r"(password=)[^&]*", rf"\1{HIDDEN}", url, flags=re.IGNORECASE)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, tuple):
+        return ",".join(map(_as_text, value))
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
+
+
+def _conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
+    """What is wrong between settings, with all the settings involved."""
+    if settings.use_hmac and settings.hmac_key is None:
+        yield {"use_hmac", "hmac_key"}, Problem("hmac_key", None, "is required when use_hmac is true")
+    if settings.writer_type == "aws-s3":
+        yield from _s3_conflicts(settings)
+    if not (settings.tokens or settings.allow_remote_without_token or _is_loopback(settings.address)):
+        allowed = "beyond loopback, give tokens, or set allow_remote_without_token to let everyone write"
+        involved = {"address", "tokens", "allow_remote_without_token"}
+        yield involved, Problem("address", repr(settings.address), allowed)
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        missing, other = ("tls_key", "tls_cert") if settings.tls_key is None else ("tls_cert", "tls_key")
+        yield {"tls_cert", "tls_key"}, Problem(missing, None, f"is required with {other}")
+    yield from _name_conflicts(settings)
+
+
+def _s3_conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
+    if settings.s3_bucket_name is None:
+        problem = Problem("s3_bucket_name", None, "is required when writer_type is aws-s3")
+        yield {"writer_type", "s3_bucket_name"}, problem
+    if settings.s3_region is None and settings.s3_endpoint is None:
+        problem = Problem("s3_region", None, "is required when writer_type is aws-s3 and s3_endpoint is not given")
+        yield {"writer_type", "s3_region", "s3_endpoint"}, problem
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.strip("[]")).is_loopback
+    except ValueError:  # a host name
+        return address == "localhost"
+
+
+def _name_conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
+    owners = dict.fromkeys(("stats", "batch", "batch-meta", "batches"), "the buffer itself")
+    for setting in ("redis_data_prefix", "redis_dlq_prefix", "redis_lock_prefix", "redis_keys"):
+        name = getattr(settings, setting)
+        if name in owners:
+            yield {setting, owners[name]}, Problem(setting, repr(name), f"is the name that {owners[name]} uses")
+        owners.setdefault(name, setting)
+
+
+# --- the reference
+
+
+def fluent_name(name: str) -> str:
+    """`redis_dlq_prefix` as a Fluent Bit key: `RedisDLQPrefix`."""
+    capitals = {"arn", "db", "dlq", "hmac", "s3", "sts", "tls", "ttl", "url"}
+    return "".join(word.upper() if word in capitals else word.capitalize() for word in name.split("_"))
+
+
+def reference() -> str:
+    """The text of docs/configuration.md: every setting, from the class alone."""
+    lines = [_PREFACE]
+    for name, field in Settings.model_fields.items():
+        if name in Settings.SECTIONS:
+            lines += ["", f"## {Settings.SECTIONS[name]}", ""]
+            lines += ["| setting | environment | Fluent Bit | default | meaning |", "|---|---|---|---|---|"]
+        cells = (
+            f"`{name}`",
+            f"`{ENV_PREFIX}{name.upper()}`",
+            "" if name == "config" else f"`{fluent_name(name)}`",
+            _shown_default(field),
+            _meaning(field),
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", _RETIRED_PREFACE, "", "| name | instead |", "|---|---|"]
+    lines += [f"| `{name}`, `{fluent_name(name)}` | {instead} |" for name, instead in RETIRED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _shown_default(field: FieldInfo) -> str:
+    if isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["default"])
+    default = field.default
+    if default is None or default == ():
+        return ""
+    if isinstance(default, int) and default >= 2**20:
+        return f"`{default}` ({default // 2**20} MiB)"
+    text = f"{default:g}" if isinstance(default, float) else _as_text(default)
+    return f"`{text}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    meaning = " ".join((field.description or "").split())
+    if get_origin(field.annotation) is not Literal:
+        return meaning
+    return f"{meaning} One of {', '.join(f'`{choice}`' for choice in get_args(field.annotation))}."
+
+
+_PREFACE = """# Configuration
+
+<!-- Written by `python -m d2p_pipeline.settings > docs/configuration.md`; change d2p_pipeline/settings.py instead. -->
+
+Settings come from three places, the strongest first:
+
+1. flags of the command line,
+2. the environment: `D2P_` and the setting's name in capitals,
+3. the file that `--config` or `D2P_CONFIG` names.
+
+`d2p config` prints the settings in force and where each comes from. Everything that is wrong is reported at once, and a
+name that is no setting is an error that names the nearest one.
+
+The file is a JSON object, TOML, or a Fluent Bit configuration in classic notation, of which the `[OUTPUT]` section named
+`out_parquet` (or the only one) is read; keys that Fluent Bit itself knows, such as `Match`, are left to it, and
+`${NAME}` stands for a variable of the environment. In every format a setting may be written in its own or in its Fluent
+Bit form; case and underscores make no difference. An empty value means: not given. A name that begins with an underscore is
+switched off. Sizes are bytes, or carry a unit: `64MiB`, `1GB`.
+
+Files written for Data2Parquet-go load as they are, except that `use_hmac` needs `hmac_key` and that an `address` beyond
+loopback needs `tokens`. These settings mean something else than there:
+
+- Values are not silently moved into a range. A small one, such as a `buffer_size` of 10, a `flush_interval` of 0.5 or a
+  `writer_row_group_size` of 512, is taken as it is; zero, a negative number and an unknown choice are errors.
+- `buffer_type` is `redis` by default, with an embedded server where none is configured, not `mem`.
+- `use_dlq` is true by default, because nothing is lost here unless that is asked for.
+- `redis_lock_ttl` is 1.5 × `flush_interval` by default, as documented there, and not endless.
+- `recovery_attempts` is 3 by default, so that `try_auto_recover` alone has an effect.
+- `default_capability` has no default; a record without a capability is a dead letter, not `undefined`.
+- `redis_timeout` is in seconds, and `address` is loopback by default."""
+
+_RETIRED_PREFACE = """## Names that are no settings any more
+
+They are accepted and have no effect, which a note says, except that `s3_role_name` with `s3_account` is read as the
+`s3_role_arn` they amount to, and `disable_log_colors` as `log_formatter = "text"`, where those are not given."""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
