@@ -720,7 +720,7 @@ def reference() -> str:
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", _RETIRED_PREFACE, "", "| name | instead |", "|---|---|"]
-    lines += [f"| `{name}`, `{fluent_name(name)}` | {instead} |" for name, instead in RETIRED.items()]
+    lines += [f"| `{name}` | {instead} |" for name, instead in RETIRED.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -754,7 +754,8 @@ Settings come from three places, the strongest first:
 3. the file that `--config` or `D2P_CONFIG` names.
 
 `d2p config` prints the settings in force and where each comes from. Everything that is wrong is reported at once, and a
-name that is no setting is an error that names the nearest one.
+name that is no setting is an error that names the nearest one. (What Kubernetes adds for a Service called `d2p`, such as
+`D2P_PORT=tcp://…` and `D2P_SERVICE_HOST`, is passed over.)
 
 The file is a JSON object, TOML, or a Fluent Bit configuration in classic notation, of which the `[OUTPUT]` section named
 `out_parquet` (or the only one) is read; keys that Fluent Bit itself knows, such as `Match`, are left to it, and
@@ -776,8 +777,9 @@ loopback needs `tokens`. These settings mean something else than there:
 
 _RETIRED_PREFACE = """## Names that are no settings any more
 
-They are accepted and have no effect, which a note says, except that `s3_role_name` with `s3_account` is read as the
-`s3_role_arn` they amount to, and `disable_log_colors` as `log_formatter = "text"`, where those are not given."""
+They are accepted, in either form, and have no effect, which a note says. Two exceptions, where what they stand for is not
+given itself: `s3_role_name` with `s3_account` is read as the `s3_role_arn` they amount to, and `disable_log_colors` as
+`log_formatter = "text"`."""
 
 
 if __name__ == "__main__":
