@@ -1,0 +1,80 @@
+"""A rejected record with its reason, as it is kept in `dlq:{key}`.
+
+Nothing of the record is lost: the bytes that were refused come back exactly, whatever they are.
+"""
+
+import base64
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+import msgspec
+
+Stage = Literal["receive", "parse", "validate"]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Rejected(Exception):
+    """A record cannot become a row. `field` is the one to blame, None if the record is unreadable as a whole."""
+
+    def __init__(self, reason: str, field: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.field = field
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+    """`raw` is the record as received, or a whole chunk where not even lines could be told apart.
+
+    `received_at` is in milliseconds since the epoch. `history` holds the reasons of earlier rejections, oldest first.
+    """
+
+    reason: str
+    stage: Stage
+    received_at: int
+    raw: bytes
+    batch: str | None = None
+    history: tuple[str, ...] = ()
+
+    def to_json(self) -> bytes:
+        """`{"reason", "stage", "received_at", "batch", "raw"}`, with `raw_base64` for `raw` that is not UTF-8."""
+        try:
+            text, base64_text = self.raw.decode("utf-8"), None
+        except UnicodeDecodeError:
+            text, base64_text = None, base64.b64encode(self.raw).decode("ascii")
+        received_at = _EPOCH + timedelta(milliseconds=self.received_at)
+        return msgspec.json.encode(
+            _Wire(self.reason, self.stage, received_at, self.batch, text, base64_text, self.history or None)
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "DeadLetter":
+        """Inverse of `to_json`. ValueError if `data` is something else."""
+        wire = _decode_wire(data)
+        if wire.raw is not None:
+            raw = wire.raw.encode("utf-8")
+        elif wire.raw_base64 is not None:
+            raw = base64.b64decode(wire.raw_base64)
+        else:
+            raise msgspec.ValidationError("Object missing required field `raw` or `raw_base64`")
+        return cls(
+            reason=wire.reason,
+            stage=wire.stage,
+            received_at=(wire.received_at - _EPOCH) // timedelta(milliseconds=1),
+            raw=raw,
+            batch=wire.batch,
+            history=wire.history or (),
+        )
+
+
+class _Wire(msgspec.Struct, omit_defaults=True):
+    reason: str
+    stage: Stage
+    received_at: datetime
+    batch: str | None
+    raw: str | None = None
+    raw_base64: str | None = None
+    history: tuple[str, ...] | None = None
+
+
+_decode_wire = msgspec.json.Decoder(_Wire).decode

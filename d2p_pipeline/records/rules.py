@@ -1,0 +1,79 @@
+"""What normalization and parsing depend on, as one frozen value; built once at the edge from the settings."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from d2p_pipeline.records.fields import BY_NAME, ColumnNames, Field, TimestampUnit, normalize_name, target_name
+
+RecordType = Literal["log", "dynamic"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How records are read.
+
+    Field names may be given in any spelling and by an alias; they are kept normalized. `ignored_fields` drop and
+    `masked_fields` replace by `*`: top-level fields and entries of `args` and `extra-fields` alike. A masked map has all its
+    values replaced. ValueError lists everything that cannot work.
+    """
+
+    record_type: RecordType = "log"
+    key_fields: tuple[str, ...] = ("business-capability",)
+    default_capability: str | None = None
+    ignored_fields: frozenset[str] = frozenset()
+    masked_fields: frozenset[str] = frozenset()
+    timestamp_unit: TimestampUnit = "us"
+    column_names: ColumnNames = "kebab"
+
+    def __post_init__(self) -> None:
+        def meant(name: str) -> str:
+            return target_name(normalize_name(name))
+
+        object.__setattr__(self, "key_fields", tuple(meant(name) for name in self.key_fields))
+        object.__setattr__(self, "ignored_fields", frozenset(meant(name) for name in self.ignored_fields))
+        object.__setattr__(self, "masked_fields", frozenset(meant(name) for name in self.masked_fields))
+        if problems := [*self._choice_problems(), *self._key_problems(), *self._hiding_problems()]:
+            raise ValueError("; ".join(problems))
+
+    def _choice_problems(self) -> list[str]:
+        problems: list[str] = []
+        if self.record_type != "log":
+            problems.append(f"record_type: {self.record_type!r} is not supported, use 'log'")
+        if self.timestamp_unit not in get_args(TimestampUnit):
+            problems.append(f"timestamp_unit: {self.timestamp_unit!r} is not one of ms, us, ns")
+        if self.column_names not in get_args(ColumnNames):
+            problems.append(f"column_names: {self.column_names!r} is not one of kebab, snake")
+        if self.default_capability == "":
+            problems.append("default_capability: is empty; leave it out to reject records without a capability")
+        return problems
+
+    def _key_problems(self) -> list[str]:
+        if not self.key_fields:
+            return ["key_fields: is empty, name at least one field"]
+        problems = [
+            f"key_fields: {name} is there twice"
+            for name in dict.fromkeys(self.key_fields)
+            if self.key_fields.count(name) > 1
+        ]
+        for name in self.key_fields:
+            if name not in BY_NAME:
+                problems.append(f"key_fields: {name} is not a field of a log record")
+            elif BY_NAME[name].kind != "string":
+                problems.append(f"key_fields: {name} is a {BY_NAME[name].kind}, a key needs strings")
+        return problems
+
+    def _hiding_problems(self) -> list[str]:
+        problems: list[str] = []
+        for name in sorted(self.ignored_fields):
+            if name in self.key_fields:
+                problems.append(f"ignored_fields: {name} is a key field")
+            elif name in BY_NAME and BY_NAME[name].required:
+                problems.append(f"ignored_fields: {name} is required, every record would be rejected")
+        for name in sorted(self.masked_fields):
+            if name in self.key_fields:
+                problems.append(f"masked_fields: {name} is a key field")
+            elif BY_NAME.get(name, Field(name)).kind not in ("string", "map"):
+                problems.append(
+                    f"masked_fields: {name} is a {BY_NAME[name].kind} and cannot hold '*'; ignore it instead"
+                )
+        return problems
