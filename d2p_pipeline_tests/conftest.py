@@ -13,6 +13,8 @@ from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Buffer
 from d2p_pipeline.buffer.redis import RedisBuffer
 
+pytest_plugins = ["d2p_pipeline_tests.pipeline"]
+
 FULL_RECORDS = 100
 FULL_BYTES = 10_000
 

@@ -77,6 +77,9 @@ class MemoryBuffer:
         old = self._totals.get(key, Totals(0, 0, 0))
         self._totals[key] = Totals(old.accepted + accepted, old.rows + rows, old.dead_letters + dead_letters)
 
+    def check_writable(self) -> None:
+        pass
+
     def request_flush(self, keys: Iterable[str] | None = None) -> list[str]:
         with self._lock:
             found = [key for key in (self._waiting if keys is None else keys) if key in self._waiting]

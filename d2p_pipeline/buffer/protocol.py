@@ -126,6 +126,10 @@ class Buffer(Protocol):
         """Store all of `pushes`; raise `BufferFullError` with nothing stored."""
         ...
 
+    def check_writable(self) -> None:
+        """Write a trifle; raises what `push` would."""
+        ...
+
     def request_flush(self, keys: Iterable[str] | None = None) -> list[str]:
         """Make keys (default: all that wait) due at once; returns those that have records."""
         ...

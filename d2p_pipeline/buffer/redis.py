@@ -102,6 +102,9 @@ class RedisBuffer:
         """Whether it was this push that filled the buffer."""
         return (records >= self._full_records > records - push.records) or (size >= self._full_bytes > size - push.size)
 
+    def check_writable(self) -> None:
+        self._one("SET", "d2p:ready", 1, "EX", 10)
+
     def request_flush(self, keys: Iterable[str] | None = None) -> list[str]:
         states = self.waiting() if keys is None else iter(self._states(list(keys)))
         found = [state.key for state in states if state.chunks]

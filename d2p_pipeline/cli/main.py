@@ -8,6 +8,12 @@ Command modules import only Typer and the standard library at module level, so t
 import typer
 
 from d2p_pipeline import __version__
+from d2p_pipeline.cli.config import config
+from d2p_pipeline.cli.demo import demo
+from d2p_pipeline.cli.generate import generate
+from d2p_pipeline.cli.receive import receive
+from d2p_pipeline.cli.status import status
+from d2p_pipeline.cli.up import up
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -23,6 +29,14 @@ def root(version: bool = typer.Option(False, "--version", callback=_version, is_
     del version
 
 
+for command in (up, demo, receive, generate, status, config):
+    app.command()(command)
+
+
 def main() -> None:
     """The console entry point."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What every command that works on the buffer does first: settings, logging, and a Redis to work with."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from d2p_pipeline.settings import Settings
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="File to read settings from (default: D2P_CONFIG).")
+]
+
+
+def settings_of(config: Path | None, **flags: Any) -> "Settings":
+    """The settings in force; what is wrong with them ends the command with exit code 2."""
+    from d2p_pipeline.settings import SettingsError, load
+
+    try:
+        settings = load(config, **flags)
+    except SettingsError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(2) from error
+    logging.basicConfig(
+        level=logging.DEBUG if settings.debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    return settings
+
+
+@contextlib.contextmanager
+def redis(settings: "Settings") -> Iterator[None]:
+    """A Redis for as long as the block lasts: the configured one, or the embedded server.
+
+    Child processes find it, and all settings, in the environment.
+    """
+    from d2p_pipeline import wiring
+    from d2p_pipeline.buffer.connect import RedisRefusedError
+    from d2p_pipeline.buffer.protocol import BufferUnavailableError
+
+    # A file may name things relative to this directory; its values travel, not its name.
+    os.environ.pop("D2P_CONFIG", None)
+    os.environ.update(settings.environment())
+    try:
+        with contextlib.ExitStack() as stack:
+            if settings.redis_dsn() is None:
+                server = stack.enter_context(wiring.embedded(settings))
+                os.environ["D2P_REDIS_URL"] = server.url
+            yield
+    except (RedisRefusedError, BufferUnavailableError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(2) from error

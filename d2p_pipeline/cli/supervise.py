@@ -1,0 +1,195 @@
+"""Runs the processes of `d2p up` and ends them: receiver, Dagster's code server, webserver and daemon.
+
+Each writes to a log file of its own. One that ends by itself is started again, with a growing pause. On Linux a child also
+ends with its parent, however that dies: a Dagster daemon that nobody supervises would go on launching runs.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2p_pipeline.buffer.embedded import end_with_parent
+
+if TYPE_CHECKING:
+    from d2p_pipeline.settings import Settings
+
+PAUSE_SECONDS = 1.0
+PAUSE_LIMIT_SECONDS = 30.0
+STOP_SECONDS = 40.0
+START_SECONDS = 120.0
+POLL_SECONDS = 0.2
+
+
+class StartError(Exception):
+    """A process did not come up."""
+
+
+@dataclass
+class Child:
+    """A supervised process."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = None
+    pause: float = PAUSE_SECONDS
+    start_at: float = 0.0
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            # Its own session: Ctrl-C in the terminal reaches the supervisor alone, which ends the others in order.
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.process = None
+
+    def tail(self) -> str:
+        """The end of its log, for whoever has to find out why it died."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+
+@dataclass
+class Supervisor:
+    """Children in the order they start; they stop in the opposite one, unless stopped singly before."""
+
+    say: Callable[[str], None]
+    children: dict[str, Child] = field(default_factory=dict[str, Child])
+
+    def start(self, name: str, command: Sequence[str], log: Path) -> None:
+        self.children[name] = child = Child(name, command, log)
+        child.start()
+
+    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait for a condition; raises StartError when a child dies or time runs out first."""
+        deadline = time.monotonic() + START_SECONDS
+        while not ready():
+            for child in self.children.values():
+                if child.process and child.process.poll() is not None:
+                    raise StartError(f"{child.name} ended with exit code {child.process.returncode}:\n{child.tail()}")
+            if time.monotonic() > deadline:
+                raise StartError(f"{what} did not come up within {START_SECONDS:.0f} s; see the logs")
+            time.sleep(POLL_SECONDS)
+
+    def tend(self) -> None:
+        """Start again what ended by itself; to be called every now and then."""
+        now = time.monotonic()
+        for child in self.children.values():
+            if child.process is None and child.start_at and now >= child.start_at:
+                child.start_at = 0.0
+                child.start()
+            elif child.process and child.process.poll() is not None:
+                self.say(
+                    f"{child.name} ended with exit code {child.process.returncode}; starting it again (log: {child.log})"
+                )
+                child.process, child.start_at = None, now + child.pause
+                child.pause = min(child.pause * 2, PAUSE_LIMIT_SECONDS)
+
+    def stop(self, name: str) -> None:
+        child = self.children.pop(name, None)
+        if child:
+            child.stop()
+
+    def stop_all(self) -> None:
+        for name in reversed(list(self.children)):
+            self.stop(name)
+
+
+@contextlib.contextmanager
+def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Supervisor]:
+    """Receiver and Dagster, up and answering; the settings and the Redis are in the environment already."""
+    home = settings.home.absolute()
+    os.environ["DAGSTER_HOME"] = str(dagster_home(home))
+    logs = home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    supervisor = Supervisor(say)
+    with contextlib.ExitStack() as stack:
+        stack.callback(supervisor.stop_all)
+        # Sockets have short paths; a home may be deep.
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="d2p-")))
+        code = str(sockets / "code.sock")
+        supervisor.start("receiver", _python("d2p_pipeline.cli.main", "receive"), logs / "receiver.log")
+        supervisor.start(
+            "code server",
+            _dagster("api", "grpc", "--socket", code, "-m", "d2p_pipeline.definitions", "--location-name", "d2p"),
+            logs / "code-server.log",
+        )
+        # Two processes that create the instance's tables at once would corrupt them.
+        subprocess.run(_dagster("instance", "info"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        supervisor.wait_until(lambda: _listens(settings.address, settings.port), "the receiver")
+        supervisor.wait_until(Path(code).exists, "Dagster's code server")
+        webserver = ["-h", "127.0.0.1", "-p", str(settings.dagster_port), "--grpc-socket", code]
+        supervisor.start("webserver", _python("dagster_webserver", *webserver), logs / "webserver.log")
+        daemon = _python("dagster._daemon", "run", "--grpc-socket", code)
+        supervisor.start("daemon", daemon, logs / "daemon.log")
+        supervisor.wait_until(lambda: _listens("127.0.0.1", settings.dagster_port), "Dagster's webserver")
+        yield supervisor
+
+
+def dagster_home(home: Path) -> Path:
+    """The Dagster instance's directory under `home`, with the project's dagster.yaml unless it has its own."""
+    directory = home / "dagster"
+    directory.mkdir(parents=True, exist_ok=True)
+    configuration = directory / "dagster.yaml"
+    if not configuration.exists():
+        with (
+            (files("d2p_pipeline.orchestration") / "dagster.yaml").open("rb") as source,
+            configuration.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+    return directory
+
+
+def _python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def _dagster(*arguments: str) -> list[str]:
+    return _python("dagster", *arguments)
+
+
+def _listens(address: str, port: int) -> bool:
+    host = "127.0.0.1" if address in ("0.0.0.0", "") else "::1" if address == "::" else address
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+class Stop:
+    """SIGINT and SIGTERM as a flag; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

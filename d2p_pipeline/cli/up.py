@@ -1,0 +1,91 @@
+"""`d2p up`: everything on this host, in the foreground."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2p_pipeline.cli.setup import ConfigFile, redis, settings_of
+
+if TYPE_CHECKING:
+    from d2p_pipeline.buffer.protocol import Buffer
+    from d2p_pipeline.cli.supervise import Stop, Supervisor
+    from d2p_pipeline.settings import Settings
+
+DRAIN_SECONDS = 60.0
+
+
+def up(
+    config: ConfigFile = None,
+    port: Annotated[int | None, typer.Option(help="Port of the receiver.")] = None,
+    dagster_port: Annotated[int | None, typer.Option(help="Port of the Dagster UI.")] = None,
+) -> None:
+    """Start Redis (if none is configured), receiver and Dagster. Ctrl-C stops accepting, lets running deliveries end, stops all.
+
+    What is still buffered then stays in Redis and is delivered after the next start.
+    """
+    from d2p_pipeline.cli.supervise import StartError, Stop, running
+
+    stop = Stop()
+    settings = settings_of(config, port=port, dagster_port=dagster_port)
+    for note in settings.notes:
+        typer.echo(note, err=True)
+    try:
+        with redis(settings):
+            settings = settings_of(None)
+            with running(settings, lambda text: typer.echo(text, err=True)) as supervisor:
+                _greet(settings)
+                tend_until_stopped(supervisor, stop)
+                drain(settings, supervisor)
+    except StartError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from error
+
+
+def _greet(settings: "Settings") -> None:
+    from d2p_pipeline.wiring import redis_url
+
+    typer.echo(f"receiver   http://{settings.address}:{settings.port}/records")
+    typer.echo(f"Dagster    http://127.0.0.1:{settings.dagster_port}")
+    typer.echo(f"files      {settings.writer_file_path}")
+    typer.echo(f"logs       {settings.home / 'logs'}")
+    if redis_url(settings).startswith("unix:"):
+        typer.echo(f"Redis      embedded, under {settings.home / 'redis'}")
+    typer.echo("Ctrl-C ends all.")
+
+
+def tend_until_stopped(supervisor: "Supervisor", stop: "Stop") -> None:
+    """Keep the processes running until somebody asks to stop."""
+    while not stop.asked:
+        supervisor.tend()
+        time.sleep(0.2)
+
+
+def drain(settings: "Settings", supervisor: "Supervisor") -> None:
+    """Stop accepting, then let deliveries end; a memory-only buffer is emptied first, since nothing would keep it."""
+    from d2p_pipeline import wiring
+
+    typer.echo("Stopping: the receiver accepts no more, running deliveries end …", err=True)
+    supervisor.stop("receiver")
+    buffer, _ = wiring.open_buffer(settings)
+    if settings.buffer_type == "mem":
+        buffer.request_flush()
+        _wait(supervisor, lambda: not _has_records(buffer))
+    supervisor.stop("daemon")
+    _wait(supervisor, lambda: not any(buffer.is_claimed(batch.ref) for batch in buffer.open_batches()))
+    left = sum(state.records for state in buffer.waiting()) + sum(batch.records for batch in buffer.open_batches())
+    if left:
+        typer.echo(f"{left:,} records wait in Redis; they are delivered after the next start.", err=True)
+    buffer.close()
+
+
+def _has_records(buffer: "Buffer") -> bool:
+    return next(buffer.waiting(), None) is not None or next(buffer.open_batches(), None) is not None
+
+
+def _wait(supervisor: "Supervisor", done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while not done() and time.monotonic() < deadline:
+        supervisor.tend()
+        time.sleep(0.2)

@@ -1,0 +1,246 @@
+"""From a sealed batch to files and dead letters: what a run does, step by step, without knowing what runs it.
+
+    plan         claim the batches and cut them into units, bounded in bytes
+    read         a unit's chunks from the buffer
+    validate     chunks to typed rows; what is no valid record becomes a dead letter
+    build        rows to Parquet, one file per partition
+    (write)      the files become durable: `parquet.store`
+    acknowledge  dead letters stored, unit marked, batch removed when complete: one atomic step
+
+A process may die between any two of them: the next attempt reads the same chunks and writes the same files under the same
+names. Only `acknowledge` ends a unit, and only after `write`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import pyarrow as pa
+
+from d2p_pipeline import __version__
+from d2p_pipeline.buffer.lease import Leases
+from d2p_pipeline.buffer.protocol import Batch, BatchRef, Buffer, Claim
+from d2p_pipeline.parquet.encode import Encoding, encode, split
+from d2p_pipeline.parquet.layout import file_path
+from d2p_pipeline.records import chunk
+from d2p_pipeline.records.dead_letter import DeadLetter
+from d2p_pipeline.records.fields import SCHEMA_VERSION
+from d2p_pipeline.records.parse import parse
+from d2p_pipeline.records.rules import Rules
+from d2p_pipeline.records.validate import validate
+
+_PAGE = 256
+"""Chunks looked at per round trip while a batch is cut into units."""
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One unit of one batch: the chunks from `start` to `stop` (exclusive), unit `number` of `units`."""
+
+    claim: Claim
+    number: int
+    units: int
+    start: int
+    stop: int
+    size: int
+    first: int
+    """When the batch's oldest record came, in ms."""
+    sealed_at: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one pass converts: a large batch's part, or several small batches together."""
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A unit's chunks, per part."""
+
+    unit: Unit
+    chunks: list[list[bytes]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A unit's valid rows and its dead letters, per part."""
+
+    unit: Unit
+    tables: list[pa.Table]
+    dead_letters: list[list[DeadLetter]]
+
+
+@dataclass(frozen=True)
+class ParquetFile:
+    """An encoded file and where it belongs, relative to the root."""
+
+    part: Part
+    path: str
+    rows: int
+    data: pa.Buffer
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is durable."""
+
+    part: Part
+    path: str
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """An acknowledged part."""
+
+    part: Part
+    files: list[Written]
+    rows: int
+    reasons: Mapping[str, int]
+    """Rejected records by reason."""
+    preview: list[dict[str, object]]
+
+
+def plan(
+    buffer: Buffer, leases: Leases, refs: Iterable[BatchRef], unit_bytes: int
+) -> tuple[list[Unit], list[BatchRef]]:
+    """Claim batches and cut them into units of about `unit_bytes` raw bytes.
+
+    Also returns the batches there is nothing to do for: delivered already, or in another run's hands.
+    """
+    parts: list[Part] = []
+    skipped: list[BatchRef] = []
+    for ref in refs:
+        claim = leases.take(ref)
+        batch = buffer.batch(ref) if claim else None
+        if claim is None or batch is None:
+            skipped.append(ref)
+        else:
+            parts.extend(_parts(buffer, claim, batch, unit_bytes))
+    return list(_units(parts, unit_bytes)), skipped
+
+
+def _parts(buffer: Buffer, claim: Claim, batch: Batch, unit_bytes: int) -> Iterator[Part]:
+    if batch.counted and batch.size <= unit_bytes and batch.plan is None:
+        sizes = {(0, batch.chunks): batch.size}
+    else:
+        sizes = _cut(buffer, batch, unit_bytes)
+    ranges = buffer.plan(batch.ref, list(sizes)) or ()
+    for number, (start, stop) in enumerate(ranges):
+        if number not in batch.units_done:
+            size = sizes.get((start, stop), unit_bytes)
+            yield Part(claim, number, len(ranges), start, stop, size, batch.first, batch.sealed_at, batch.reason)
+
+
+def _cut(buffer: Buffer, batch: Batch, unit_bytes: int) -> dict[tuple[int, int], int]:
+    """Half-open ranges of chunks with their raw bytes."""
+    cuts: dict[tuple[int, int], int] = {}
+    start = size = 0
+    for page in range(0, batch.chunks, _PAGE):
+        for index, element in enumerate(buffer.read(batch.ref, page, min(page + _PAGE, batch.chunks)), page):
+            more = chunk.raw_size(element)
+            if index > start and size + more > unit_bytes:
+                cuts[start, index] = size
+                start, size = index, 0
+            size += more
+    cuts[start, batch.chunks] = size
+    return cuts
+
+
+def _units(parts: Sequence[Part], unit_bytes: int) -> Iterator[Unit]:
+    together: list[Part] = []
+    size = 0
+    for part in parts:
+        if together and size + part.size > unit_bytes:
+            yield Unit(tuple(together))
+            together, size = [], 0
+        together.append(part)
+        size += part.size
+    if together:
+        yield Unit(tuple(together))
+
+
+def read(buffer: Buffer, unit: Unit) -> Text:
+    """The unit's chunks."""
+    return Text(unit, [buffer.read(part.claim.batch, part.start, part.stop) for part in unit.parts])
+
+
+def check(text: Text, rules: Rules) -> Rows:
+    """Parse and validate. All parts are validated at once: pandera costs the same for one row and for many."""
+    parsed = [
+        parse(chunks, rules, received_at=part.first) for part, chunks in zip(text.unit.parts, text.chunks, strict=True)
+    ]
+    verdict = validate(pa.concat_tables([part.table for part in parsed]), rules)
+    reasons = dict(verdict.bad)
+    tables: list[pa.Table] = []
+    dead_letters: list[list[DeadLetter]] = []
+    offset = 0
+    for part, records in zip(text.unit.parts, parsed, strict=True):
+        height = records.table.num_rows
+        bad = (
+            {row - offset: reasons[row] for row in range(offset, offset + height) if row in reasons} if reasons else {}
+        )
+        offset += height
+        letters = [*records.rejects, *(_rejected(records.raw(row), reason, part) for row, reason in bad.items())]
+        dead_letters.append([msgspec.structs.replace(letter, batch=part.claim.batch.id) for letter in letters])
+        tables.append(_without(records.table, bad))
+    return Rows(text.unit, tables, dead_letters)
+
+
+def _rejected(raw: bytes, reason: str, part: Part) -> DeadLetter:
+    return DeadLetter(reason=reason, stage="validate", received_at=part.first, raw=raw)
+
+
+def _without(table: pa.Table, rows: Mapping[int, str]) -> pa.Table:
+    if not rows:
+        return table
+    return table.take(pa.array([row for row in range(table.num_rows) if row not in rows]))
+
+
+def build(rows: Rows, rules: Rules, encoding: Encoding, *, partition_time: str, use_hash: bool) -> list[ParquetFile]:
+    """Encode each part's rows, one file per capability and hour. The same part gives the same paths and bytes."""
+    files: list[ParquetFile] = []
+    for part, table in zip(rows.unit.parts, rows.tables, strict=True):
+        ingested = part.first if partition_time == "ingest" else None
+        for key, hour, piece in split(table, rules, ingested_at=ingested):
+            metadata = {
+                "d2p.batch": part.claim.batch.id,
+                "d2p.unit": str(part.number),
+                "d2p.key": part.claim.batch.key,
+                "d2p.schema_version": SCHEMA_VERSION,
+                "d2p.software": f"d2p-pipeline {__version__}",
+            }
+            data = encode(piece, encoding, metadata)
+            path = file_path(key, hour, part.claim.batch.id, part.number, data if use_hash else None)
+            files.append(ParquetFile(part, path, piece.num_rows, data))
+    return files
+
+
+def acknowledge(
+    buffer: Buffer, leases: Leases, rows: Rows, written: Sequence[Written], *, keep_dead_letters: bool
+) -> list[Delivered]:
+    """End the unit; call only when `written` is durable. Raises ClaimLostError when another run took a batch since."""
+    delivered: list[Delivered] = []
+    for part, table, letters in zip(rows.unit.parts, rows.tables, rows.dead_letters, strict=True):
+        answer = buffer.acknowledge(
+            part.claim,
+            part.number,
+            units=part.units,
+            rows=table.num_rows,
+            rejected=len(letters),
+            dead_letters=[letter.to_json() for letter in letters] if keep_dead_letters else [],
+        )
+        if answer == "complete":
+            leases.drop(part.claim.batch)
+        reasons: dict[str, int] = {}
+        for letter in letters:
+            reasons[letter.reason] = reasons.get(letter.reason, 0) + 1
+        files = [file for file in written if file.part == part]
+        delivered.append(Delivered(part, files, table.num_rows, reasons, table.slice(0, PREVIEW_ROWS).to_pylist()))
+    return delivered
+
+
+PREVIEW_ROWS = 3

@@ -1,0 +1,132 @@
+"""The `flush` job: sealed batches to Parquet files, unit after unit, acknowledged one by one.
+
+Batches come from the buffer sensor as run configuration. From the launchpad, `keys` seals those buffers now, and no
+configuration at all seals everything that waits. Values between the ops stay in memory, so all run in one process; each
+unit's ops run before the next unit's (by priority), so memory holds one unit.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Literal, cast
+
+import dagster as dg
+from pydantic import Field
+from ulid import ULID
+
+from d2p_pipeline import delivery, wiring
+from d2p_pipeline.buffer.protocol import BatchRef, Buffer, Reason, Seal
+from d2p_pipeline.delivery import Delivered, ParquetFile, Rows, Text, Unit, Written
+from d2p_pipeline.orchestration.assets import materializations
+from d2p_pipeline.orchestration.io_manager import ParquetIOManager, UnitMemory
+from d2p_pipeline.orchestration.resources import DeliveryResource
+
+
+class BatchConfig(dg.Config):
+    """A sealed batch."""
+
+    key: str
+    id: str
+
+
+class FlushConfig(dg.Config):
+    """What to deliver."""
+
+    batches: list[BatchConfig] = Field(default=[], description="Sealed batches; the buffer sensor fills this in.")
+    keys: list[str] = Field(
+        default=[], description="Seal these buffers now. With no batches and no keys: all that wait."
+    )
+    reason: Literal["request", "schedule"] = Field(default="request", description="Why buffers are sealed here.")
+
+
+@dg.op(out=dg.DynamicOut(Unit, io_manager_key="memory"), tags={"dagster/priority": "1"})
+def plan_units(
+    context: dg.OpExecutionContext, config: FlushConfig, delivery_parts: DeliveryResource
+) -> Iterator[dg.DynamicOutput[Unit]]:
+    """Seal what is asked for, claim the batches and cut them into units."""
+    buffer, settings = delivery_parts.buffer, delivery_parts.settings
+    refs = [BatchRef(batch.key, batch.id) for batch in config.batches]
+    if not refs:
+        refs = seal_now(buffer, config.keys, config.reason)
+    units, skipped = delivery.plan(buffer, delivery_parts.leases, refs, settings.unit_bytes)
+    for ref in skipped:
+        context.log.info(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it")
+    context.log.info(f"{len(refs)} batches, {len(units)} units")
+    for number, unit in enumerate(units):
+        yield dg.DynamicOutput(unit, mapping_key=str(number))
+
+
+def seal_now(buffer: Buffer, keys: list[str], reason: Reason) -> list[BatchRef]:
+    """Seal buffers without waiting for the sensor; the batches belong to this run at once."""
+    found = keys or [state.key for state in buffer.waiting()]
+    return [batch.ref for batch in buffer.seal([Seal(key, str(ULID()), reason) for key in found])]
+
+
+@dg.op(out=dg.Out(Text, io_manager_key="memory"), tags={"dagster/priority": "2"})
+def read_records(unit: Unit, delivery_parts: DeliveryResource) -> Text:
+    """Read the unit's chunks."""
+    return delivery.read(delivery_parts.buffer, unit)
+
+
+@dg.op(out=dg.Out(Rows, io_manager_key="memory"), tags={"dagster/priority": "3"})
+def validate_records(context: dg.OpExecutionContext, text: Text, delivery_parts: DeliveryResource) -> Rows:
+    """Chunks to typed rows; what is no valid record becomes a dead letter."""
+    rows = delivery.check(text, wiring.rules(delivery_parts.settings))
+    for part, letters in zip(rows.unit.parts, rows.dead_letters, strict=True):
+        if letters:
+            key, batch = part.claim.batch
+            context.log.warning(f"key={key} batch={batch} unit={part.number} {len(letters)} records rejected")
+    return rows
+
+
+@dg.op(out=dg.Out(list, io_manager_key="parquet"), tags={"dagster/priority": "4"})
+def build_parquet(rows: Rows, delivery_parts: DeliveryResource) -> list[ParquetFile]:
+    """Rows to Parquet, one file per capability and hour; the IO manager writes them."""
+    settings = delivery_parts.settings
+    return delivery.build(
+        rows,
+        wiring.rules(settings),
+        wiring.encoding(settings),
+        partition_time=settings.partition_time,
+        use_hash=settings.use_hash,
+    )
+
+
+@dg.op(out=dg.Out(list, io_manager_key="memory"), tags={"dagster/priority": "5"})
+def acknowledge(rows: Rows, files: list, delivery_parts: DeliveryResource) -> list[Delivered]:
+    """The files are durable: store the dead letters and mark the unit, in one step."""
+    return delivery.acknowledge(
+        delivery_parts.buffer,
+        delivery_parts.leases,
+        rows,
+        cast(list[Written], files),
+        keep_dead_letters=delivery_parts.settings.use_dlq,
+    )
+
+
+@dg.op(out=dg.Out(dg.Nothing, io_manager_key="memory"))
+def report(context: dg.OpExecutionContext, units: list[list[Delivered]], delivery_parts: DeliveryResource) -> None:
+    """One materialization per key."""
+    now = delivery_parts.buffer.now()
+    took = time.time() - (context.instance.get_run_stats(context.run_id).start_time or time.time())
+    parts = [part for unit in units for part in unit]
+    for event in materializations(parts, now=now, took=took):
+        partition = cast(str, event.partition)
+        if not context.instance.has_dynamic_partition("keys", partition):
+            context.instance.add_dynamic_partitions("keys", [partition])
+        context.log_event(event)
+
+
+@dg.job(
+    executor_def=dg.in_process_executor,
+    resource_defs={
+        "parquet": ParquetIOManager(),
+        "memory": dg.IOManagerDefinition.hardcoded_io_manager(UnitMemory("acknowledge")),
+    },
+    description="Sealed batches to Parquet files. Launch it without configuration to flush everything that waits.",
+)
+def flush() -> None:
+    def deliver(unit: Unit) -> list[Delivered]:
+        rows = validate_records(read_records(unit))
+        return acknowledge(rows, build_parquet(rows))
+
+    report(plan_units().map(deliver).collect())

@@ -1,0 +1,96 @@
+"""Where outputs of ops go: files through the store, everything else in memory for as long as its unit is worked on."""
+
+from typing import Any
+
+import dagster as dg
+import polars as pl
+from pydantic import PrivateAttr
+
+from d2p_pipeline import wiring
+from d2p_pipeline.delivery import ParquetFile, Written
+from d2p_pipeline.orchestration.keys import key_of
+from d2p_pipeline.parquet.layout import capability_prefix
+from d2p_pipeline.parquet.store import Store
+from d2p_pipeline.settings import load
+
+
+class ParquetIOManager(dg.ConfigurableIOManager):
+    """Writes the files an op returns, atomically; gives the next op what was written.
+
+    A downstream asset with `parquet_files` as its input receives a Polars LazyFrame over the files of its partition's key,
+    or of all keys where it is not partitioned.
+    """
+
+    _store: Store | None = PrivateAttr(default=None)
+    _written: dict[str, list[Written]] = PrivateAttr(default_factory=dict)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        self._store = wiring.store(load())
+
+    @property
+    def store(self) -> Store:
+        assert self._store
+        return self._store
+
+    def handle_output(self, context: dg.OutputContext, obj: list[ParquetFile]) -> None:
+        written = [self._write(file) for file in obj]
+        self._written[_step(context)] = written
+        context.add_output_metadata(
+            {
+                "files": len(written),
+                "dagster/row_count": sum(file.rows for file in written),
+                "bytes": sum(file.size for file in written),
+                "paths": dg.MetadataValue.md("\n".join(f"- `{file.path}`" for file in written[:20])),
+            }
+        )
+
+    def _write(self, file: ParquetFile) -> Written:
+        self.store.write(file.path, file.data)
+        return Written(file.part, file.path, file.rows, file.data.size)
+
+    def load_input(self, context: dg.InputContext) -> list[Written] | pl.LazyFrame:
+        if context.has_asset_key:
+            keys = (
+                [key_of(partition) for partition in context.asset_partition_keys]
+                if context.has_asset_partitions
+                else None
+            )
+            return self._scan(keys)
+        upstream = context.upstream_output
+        assert upstream
+        return self._written.pop(_step(upstream))
+
+    def _scan(self, keys: list[str] | None) -> pl.LazyFrame:
+        prefixes = [""] if keys is None else [capability_prefix(key) for key in keys]
+        paths = [path for prefix in prefixes for path in self.store.scan(prefix)]
+        return pl.scan_parquet(paths, hive_partitioning=True, missing_columns="insert")
+
+
+class UnitMemory(dg.IOManager):
+    """Keeps a unit's values between its ops, and lets go of all of them when the unit's last op has run.
+
+    Dagster's own memory IO manager keeps every value until the run ends: a run's memory would grow with its units.
+    """
+
+    def __init__(self, last_op: str) -> None:
+        self._last_op = last_op
+        self._values: dict[str | None, dict[tuple[str, str], Any]] = {}
+
+    def handle_output(self, context: dg.OutputContext, obj: object) -> None:
+        unit = context.mapping_key
+        if context.step_key.partition("[")[0] == self._last_op:
+            self._values.pop(unit, None)
+            unit = None
+        self._values.setdefault(unit, {})[context.step_key, context.name] = obj
+
+    def load_input(self, context: dg.InputContext) -> object:
+        output = context.upstream_output
+        assert output
+        for values in self._values.values():
+            if (output.step_key, output.name) in values:
+                return values[output.step_key, output.name]
+        raise KeyError(f"{output.step_key}.{output.name} is not in memory; run the job from its start")
+
+
+def _step(context: dg.OutputContext) -> str:
+    return f"{context.run_id}:{context.step_key}"

@@ -1,0 +1,16 @@
+"""A key as Dagster's partition key: percent-encoded where Dagster, its CLI or its UI would trip over a character."""
+
+from urllib.parse import quote, unquote
+
+PARTITIONS = "keys"
+"""Name of the dynamic partition set."""
+
+
+def partition_of(key: str) -> str:
+    """Encodes `%`, control characters, separators Dagster uses (`,` `|` `...`) and everything beyond ASCII."""
+    return quote(key, safe=" !#$&'()*+-./:;=?@[]^_`{}~<>\"").replace("...", "%2E%2E%2E")
+
+
+def key_of(partition: str) -> str:
+    """The inverse of `partition_of`."""
+    return unquote(partition)

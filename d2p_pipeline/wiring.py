@@ -1,0 +1,73 @@
+"""From settings to parts: the only place that knows which setting feeds what.
+
+pyarrow is imported where files are written; a receiver never pays for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from d2p_pipeline.buffer.connect import check, connect
+from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline.buffer.names import Names
+from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.records.rules import Rules
+from d2p_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from d2p_pipeline.parquet.encode import Encoding
+    from d2p_pipeline.parquet.store import Store
+
+
+def rules(settings: Settings) -> Rules:
+    """What normalization depends on."""
+    return Rules(
+        record_type=settings.record_type,
+        key_fields=settings.key_fields,
+        default_capability=settings.default_capability,
+        ignored_fields=frozenset(settings.ignored_fields),
+        masked_fields=frozenset(settings.mask_fields),
+        timestamp_unit=settings.timestamp_unit,
+        column_names=settings.column_names,
+    )
+
+
+def embedded(settings: Settings) -> EmbeddedRedis:
+    """The server that stands in when no Redis is configured; `buffer_type = "mem"` runs it without persistence."""
+    return EmbeddedRedis(settings.home / "redis", durable=settings.buffer_type == "redis")
+
+
+def redis_url(settings: Settings) -> str:
+    """Where the buffer is: the configured Redis, else the embedded server's socket."""
+    return settings.redis_dsn() or embedded(settings).url
+
+
+def open_buffer(settings: Settings) -> tuple[RedisBuffer, list[str]]:
+    """The buffer after its start-up checks, and their warnings; raises RedisRefusedError."""
+    url = redis_url(settings)
+    client = connect(url, settings.redis_timeout or None)
+    warnings = check(client, url)
+    names = Names(
+        data=settings.redis_data_prefix,
+        dlq=settings.redis_dlq_prefix,
+        lock=settings.redis_lock_prefix,
+        keys=settings.redis_keys,
+    )
+    buffer = RedisBuffer(client, names, full_records=settings.buffer_size, full_bytes=settings.flush_bytes)
+    return buffer, warnings
+
+
+def store(settings: Settings) -> Store:
+    """Where files go."""
+    if settings.writer_type != "file":
+        raise NotImplementedError(f"writer_type {settings.writer_type!r} cannot write yet; use writer_type = 'file'")
+    from d2p_pipeline.parquet.store import LocalStore
+
+    return LocalStore(settings.writer_file_path)
+
+
+def encoding(settings: Settings) -> Encoding:
+    """How Parquet is written."""
+    from d2p_pipeline.parquet.encode import Encoding
+
+    return Encoding(compression=settings.writer_compression_type, row_group_bytes=settings.writer_row_group_size)

@@ -1,0 +1,76 @@
+"""A run killed with SIGKILL between any two steps, and repeated: same files, no duplicates, dead letters once."""
+
+import hashlib
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from d2p_pipeline.buffer.protocol import Batch, Seal, Totals
+from d2p_pipeline_tests.pipeline import Pipeline, line
+
+POINTS = [
+    "before:plan:1",
+    "after:plan:1",
+    "after:read:1",
+    "after:check:1",
+    "after:build:1",
+    "before:rename:1",
+    "after:rename:1",
+    "after:write:1",
+    "after:write:2",
+    "before:acknowledge:1",
+    "after:acknowledge:1",
+    "after:check:2",
+    "after:rename:3",
+    "before:acknowledge:2",
+    "after:acknowledge:2",
+]
+
+
+def sealed(pipeline: Pipeline, redis_client: Redis) -> Batch:
+    """Two units; two partitions and one bad line in each."""
+    for unit in range(2):
+        lines = [line(message=f"{unit} {hour}", time=f"2026-11-21T{hour}:00:00Z") for hour in (10, 11)]
+        redis_client.rpush("data:{payments}", b"\n".join([*lines, f"bad {unit}".encode()]))
+    [batch] = pipeline.buffer.seal([Seal("payments", "B1", "age")])
+    return batch
+
+
+def contents(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*.parquet")
+    }
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_repeated_gives_what_an_undisturbed_run_gives(
+    pipeline: Pipeline,
+    redis_client: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+) -> None:
+    monkeypatch.setenv("D2P_UNIT_BYTES", "500")
+    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "1")
+    batch = sealed(pipeline, redis_client)
+    command = [sys.executable, "-m", "d2p_pipeline_tests.faults.dying_run", point, batch.key, batch.id]
+    died = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    written_before = contents(pipeline.root) if pipeline.root.exists() else {}
+    while pipeline.buffer.is_claimed(batch.ref):
+        pass  # the dead run's lease ends by itself
+    assert pipeline.flush(batch.ref).success
+    after = contents(pipeline.root)
+    assert {path: after[path] for path in written_before} == written_before
+    assert sorted(after) == [
+        f"capability=payments/year=2026/month=11/day=21/hour={hour}/B1-{unit}.parquet"
+        for hour in (10, 11)
+        for unit in (0, 1)
+    ]
+    assert pipeline.messages() == ["0 10", "0 11", "1 10", "1 11"]
+    assert len(pipeline.buffer.dead_letters("payments")) == 2
+    assert dict(pipeline.buffer.totals()) == {"payments": Totals(accepted=6, rows=4, dead_letters=2)}
+    assert list(pipeline.buffer.open_batches()) == []

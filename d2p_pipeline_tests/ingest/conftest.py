@@ -1,0 +1,76 @@
+"""A receiver as users run it: the real command on a loopback port."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from d2p_pipeline.buffer.embedded import EmbeddedRedis
+
+StartReceiver = Callable[..., "RunningReceiver"]
+
+
+class RunningReceiver:
+    """A receiver process and a client for it."""
+
+    def __init__(self, directory: Path, settings: dict[str, str]) -> None:
+        with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+            port = listener.getsockname()[1]
+        self.log = directory / f"receiver-{port}.log"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("D2P_")}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "d2p_pipeline.cli.main", "receive", "--port", str(port)],
+                env={**environment, **{f"D2P_{name.upper()}": value for name, value in settings.items()}},
+                cwd=directory,
+                stdout=log,
+                stderr=log,
+            )
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                self.client.get("/healthcheck/")
+                return
+            except httpx.TransportError:
+                pass
+        raise AssertionError(f"the receiver did not come up: {self.log.read_text()}")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        self.client.close()
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def start_receiver(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartReceiver]:
+    """Starts receivers on the test's Redis; settings as keyword arguments."""
+    with ExitStack() as stack:
+
+        def start(**settings: str) -> RunningReceiver:
+            directory = tmp_path_factory.mktemp("receiver")
+            receiver = RunningReceiver(directory, {"redis_url": redis_server.url, **settings})
+            stack.callback(receiver.stop)
+            return receiver
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def receiver(start_receiver: StartReceiver) -> RunningReceiver:
+    return start_receiver(max_body_bytes="1000000", max_record_bytes="100000")

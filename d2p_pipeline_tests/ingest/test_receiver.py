@@ -1,0 +1,289 @@
+"""The receiver's promises: 2xx means that Redis has the records, anything else that it has none of them."""
+
+import json
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+from redis import Redis
+
+from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.ingest.generator import generate
+from d2p_pipeline.records import chunk
+from d2p_pipeline.records.dead_letter import DeadLetter
+from d2p_pipeline_tests.ingest.conftest import RunningReceiver, StartReceiver
+
+GOOD: dict[str, Any] = {
+    "time": "2026-11-21T10:00:00Z",
+    "level": "info",
+    "message": "hello",
+    "business-capability": "payments",
+    "business-domain": "d",
+    "business-service": "s",
+    "application-service": "a",
+}
+TOTAL_TIMEOUT = 30
+
+
+def record(**fields: Any) -> dict[str, Any]:
+    return {**GOOD, **fields}
+
+
+def stored(client: Redis, key: str = "payments") -> list[dict[str, Any]]:
+    """The records that wait under a key."""
+    chunks = [chunk.decode(cast(bytes, element)) for element in client.lrange(f"data:{{{key}}}", 0, -1)]
+    assert all(found.canonical for found in chunks)
+    return [json.loads(line) for found in chunks for line in found.body.splitlines()]
+
+
+def nothing_stored(client: Redis) -> bool:
+    return not [name for name in client.scan_iter() if name != b"d2p:ready"]
+
+
+def test_one_record(receiver: RunningReceiver, redis_client: Redis) -> None:
+    answer = receiver.client.post("/record/", json=record(level="warn"))
+    assert answer.status_code == 201
+    assert set(answer.json()) == {"timestamp", "elapsed"}
+    assert stored(redis_client) == [record(level="warn")]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (json.dumps(record(time=None)), "time"),
+        (json.dumps({"level": "info"}), "business-capability"),
+        ('{"level": "info"', "JSON"),
+        ("[]", "object"),
+        ("null", "object"),
+        ("", "JSON"),
+        ("{} {}", "JSON"),
+        (json.dumps(record(message="x" * 100_001)), "max_record_bytes"),
+    ],
+)
+def test_a_record_that_is_none_is_refused_with_the_reason(
+    receiver: RunningReceiver, redis_client: Redis, body: str, reason: str
+) -> None:
+    answer = receiver.client.post("/record/", content=body)
+    assert answer.status_code == 400
+    assert reason in answer.json()["error"]
+    assert nothing_stored(redis_client)
+
+
+def test_wrong_types_are_no_errors(receiver: RunningReceiver, redis_client: Redis) -> None:
+    answer = receiver.client.post("/record/", json=record(level=3, http_response=200, audit="true"))
+    assert answer.status_code == 201
+    assert stored(redis_client) == [record(level="3", **{"http-response": "200", "audit": True})]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "\n".join(json.dumps(record(message=str(number))) for number in range(3)),
+        "\r\n\r\n".join(json.dumps(record(message=str(number))) for number in range(3)) + "\r\n",
+        json.dumps([record(message=str(number)) for number in range(3)], indent=2),
+        json.dumps({"logs": [record(message=str(number)) for number in range(3)]}, indent=1),
+        "\ufeff" + json.dumps({"logs": [record(message=str(number)) for number in range(3)]}),
+    ],
+    ids=["ndjson", "crlf", "array", "logs", "bom"],
+)
+def test_batches_in_every_form(receiver: RunningReceiver, redis_client: Redis, body: str) -> None:
+    answer = receiver.client.post("/records", content=body.encode())
+    assert answer.status_code == 202
+    assert answer.json()["accepted"] == 3
+    assert [found["message"] for found in stored(redis_client)] == ["0", "1", "2"]
+
+
+def test_one_indented_object_is_a_batch_of_one(receiver: RunningReceiver, redis_client: Redis) -> None:
+    assert receiver.client.post("/records", content=json.dumps(GOOD, indent=4)).json()["accepted"] == 1
+    assert stored(redis_client) == [GOOD]
+
+
+def test_an_empty_batch_is_accepted(receiver: RunningReceiver, redis_client: Redis) -> None:
+    assert receiver.client.post("/records", content="\n\n").json()["accepted"] == 0
+    assert nothing_stored(redis_client)
+
+
+def test_malformed_lines_of_a_batch_become_dead_letters_and_the_others_are_accepted(
+    receiver: RunningReceiver, redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    lines = [json.dumps(GOOD), '{"cut": "of', json.dumps(record(time="yesterday")), json.dumps(GOOD)]
+    answer = receiver.client.post("/records", content="\n".join(lines))
+    assert answer.status_code == 202
+    body = answer.json()
+    assert (body["accepted"], body["dead_lettered"]) == (2, 2)
+    assert [error["line"] for error in body["errors"]] == [2, 3]
+    assert "yesterday" in body["errors"][1]["reason"]
+    assert len(stored(redis_client)) == 2
+    [unreadable] = [DeadLetter.from_json(letter) for letter in redis_buffer.dead_letters("undefined")]
+    [untimely] = [DeadLetter.from_json(letter) for letter in redis_buffer.dead_letters("payments")]
+    assert (unreadable.raw.decode(), untimely.raw.decode()) == (lines[1], lines[2])
+    assert unreadable.stage == untimely.stage == "receive"
+    totals = dict(redis_buffer.totals())
+    assert (totals["payments"].accepted, totals["payments"].dead_letters) == (3, 1)
+
+
+def test_a_broken_array_is_refused_whole(receiver: RunningReceiver, redis_client: Redis) -> None:
+    answer = receiver.client.post("/records", content=json.dumps([GOOD, GOOD])[:-10])
+    assert answer.status_code == 400
+    assert nothing_stored(redis_client)
+
+
+def test_errors_beyond_twenty_are_counted_not_listed(receiver: RunningReceiver, redis_client: Redis) -> None:
+    body = receiver.client.post("/records", content="x\n" * 50).json()
+    assert (body["dead_lettered"], len(body["errors"])) == (50, 20)
+
+
+def test_keys_of_every_kind_have_their_own_buffer(
+    receiver: RunningReceiver, redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    keys = ["a/b", "..", "two words", "a:b", "100%", "日本 🎉", "x" * 500, "a,b", "new\nline", "{}"]
+    lines = [json.dumps(record(**{"business-capability": key})) for key in keys]
+    assert receiver.client.post("/records", content="\n".join(lines)).json()["accepted"] == len(keys)
+    assert {state.key for state in redis_buffer.waiting()} == set(keys)
+
+
+def test_an_oversized_body_is_refused_before_it_is_read(receiver: RunningReceiver, redis_client: Redis) -> None:
+    line = json.dumps(GOOD).encode() + b"\n"
+    answer = receiver.client.post("/records", content=line * (1_000_000 // len(line) + 1))
+    assert answer.status_code == 413
+    assert "max_body_bytes (1000000)" in answer.json()["error"]
+    chunked = receiver.client.post("/records", content=(line for _ in range(1_000_000 // len(line) + 1)))
+    assert chunked.status_code == 413
+    assert nothing_stored(redis_client)
+
+
+def test_a_declared_length_of_gigabytes_costs_nothing(receiver: RunningReceiver) -> None:
+    with socket.create_connection(("127.0.0.1", int(receiver.url.rsplit(":", 1)[1])), timeout=TOTAL_TIMEOUT) as client:
+        client.sendall(b"POST /records HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/record/", 405),
+        ("POST", "/healthcheck/", 405),
+        ("POST", "/record", 201),
+        ("GET", "/healthcheck", 200),
+        ("GET", "/ready/", 200),
+    ],
+)
+def test_paths_and_methods(receiver: RunningReceiver, redis_client: Redis, method: str, path: str, status: int) -> None:
+    assert receiver.client.request(method, path, json=GOOD if method == "POST" else None).status_code == status
+
+
+def test_a_compressed_body_is_refused_not_misread(receiver: RunningReceiver, redis_client: Redis) -> None:
+    answer = receiver.client.post("/records", content=b"x", headers={"content-encoding": "br"})
+    assert answer.status_code == 415
+    assert nothing_stored(redis_client)
+
+
+def test_flush_makes_keys_due(receiver: RunningReceiver, redis_client: Redis, redis_buffer: RedisBuffer) -> None:
+    for key in ("a", "b"):
+        receiver.client.post("/record/", json=record(**{"business-capability": key}))
+    assert redis_buffer.due(0, 10) == []
+    answer = receiver.client.post("/flush/", json={"keys": ["a", "empty"]})
+    assert (answer.status_code, answer.json()["keys"]) == (202, ["a"])
+    assert [state.key for state in redis_buffer.due(0, 10)] == ["a"]
+    assert sorted(receiver.client.post("/flush/").json()["keys"]) == ["a", "b"]
+    assert receiver.client.post("/flush/", content=b'{"key": "a"}').status_code == 400
+
+
+def test_a_full_redis_is_503_with_retry_after_and_nothing_stored(
+    receiver: RunningReceiver, redis_client: Redis
+) -> None:
+    redis_client.config_set("maxmemory", 1)
+    for path in ("/record/", "/records"):
+        answer = receiver.client.post(path, json=GOOD)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+    assert receiver.client.get("/ready").status_code == 503
+    assert receiver.client.get("/healthcheck/").status_code == 200
+    assert nothing_stored(redis_client)
+    redis_client.config_set("maxmemory", 0)
+    assert receiver.client.get("/ready").status_code == 200
+    assert receiver.client.post("/record/", json=GOOD).status_code == 201
+
+
+def test_tokens(start_receiver: StartReceiver, redis_client: Redis) -> None:
+    receiver = start_receiver(tokens="first second")
+    assert receiver.client.post("/record/", json=GOOD).status_code == 401
+    wrong = {"authorization": "Bearer third"}
+    assert receiver.client.post("/record/", json=GOOD, headers=wrong).status_code == 401
+    assert nothing_stored(redis_client)
+    for token in ("first", "second"):
+        right = {"authorization": f"Bearer {token}"}
+        assert receiver.client.post("/record/", json=GOOD, headers=right).status_code == 201
+    assert receiver.client.get("/healthcheck/").status_code == 200
+
+
+def test_many_clients_at_once_lose_and_double_nothing(receiver: RunningReceiver, redis_client: Redis) -> None:
+    numbers = range(400)
+
+    def post(number: int) -> int:
+        return receiver.client.post("/record/", json=record(message=str(number))).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(post, numbers)) == {201}
+    assert sorted(int(found["message"]) for found in stored(redis_client)) == list(numbers)
+    assert redis_client.llen("data:{payments}") < len(numbers)  # requests that waited together share a chunk
+
+
+def test_a_large_batch_goes_into_chunks_of_bounded_size(start_receiver: StartReceiver, redis_client: Redis) -> None:
+    receiver = start_receiver()
+    lines = list(generate(4000, keys=1, seed=1))
+    assert receiver.client.post("/records", content=b"\n".join(lines)).json()["accepted"] == 4000
+    [name] = redis_client.keys("data:*")
+    sizes = [chunk.raw_size(cast(bytes, element)) for element in redis_client.lrange(name, 0, -1)]
+    assert len(sizes) > 2
+    assert max(sizes) <= 1 << 20
+
+
+def test_sigterm_finishes_what_is_in_flight_and_exits_0(start_receiver: StartReceiver, redis_client: Redis) -> None:
+    receiver = start_receiver()
+    accepted: list[int] = []
+    stopping = threading.Event()
+
+    def post(start: int) -> None:
+        with httpx.Client(base_url=receiver.url, timeout=30) as client:
+            for number in range(start, start + 100_000):
+                try:
+                    if client.post("/record/", json=record(message=str(number))).status_code == 201:
+                        accepted.append(number)
+                except httpx.TransportError:
+                    return
+                if len(accepted) > 200:
+                    stopping.set()
+
+    threads = [threading.Thread(target=post, args=(worker * 1_000_000,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    assert stopping.wait(60)
+    assert receiver.stop(signal.SIGTERM) == 0
+    for thread in threads:
+        thread.join(60)
+    found = [int(found["message"]) for found in stored(redis_client)]
+    assert len(found) == len(set(found))
+    assert set(accepted) <= set(found)
+
+
+def test_a_receiver_does_not_start_on_a_redis_that_could_lose_data(
+    start_receiver: StartReceiver, redis_client: Redis
+) -> None:
+    redis_client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(AssertionError, match="allkeys-lru"):
+            start_receiver()
+    finally:
+        redis_client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_wrong_settings_end_it_with_exit_code_2_and_all_problems(start_receiver: StartReceiver, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)workers.*redis_url|redis_url.*workers"):
+        start_receiver(workers="none", redis_url="http://nowhere")

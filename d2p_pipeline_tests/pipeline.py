@@ -1,0 +1,101 @@
+"""The flush job on a real Redis and a real directory, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline.buffer.protocol import BatchRef, Push
+from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.ingest.commit import Request, pushes
+from d2p_pipeline.records.normalize import Normalizer
+from d2p_pipeline.records.rules import Rules
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+
+def line(key: str = "payments", message: str = "m", time: str = "2026-11-21T10:30:00Z", **fields: Any) -> bytes:
+    record = {
+        "time": time,
+        "level": "info",
+        "message": message,
+        "business-capability": key,
+        "business-domain": "d",
+        "business-service": "s",
+        "application-service": "a",
+        **fields,
+    }
+    return json.dumps(record).encode()
+
+
+@dataclass
+class Pipeline:
+    """What a test pushes, runs and reads back."""
+
+    buffer: RedisBuffer
+    root: Path
+    instance: dg.DagsterInstance
+
+    def receive(self, lines: Sequence[bytes], name: str = "push") -> None:
+        """What the receiver does with good lines."""
+        normalizer, request = Normalizer(Rules()), Request()
+        for line in lines:
+            canonical = normalizer.canonical(line)
+            request.lines.setdefault(canonical.key, []).append(canonical.line)
+        self.push(list(pushes([request], name, 60, keep_dead_letters=True)))
+
+    def push(self, some: Sequence[Push]) -> None:
+        self.buffer.push(some)
+
+    def flush(self, *refs: BatchRef, **config: Any) -> dg.ExecuteInProcessResult:
+        from d2p_pipeline.definitions import defs
+
+        if refs:
+            config["batches"] = [{"key": ref.key, "id": ref.id} for ref in refs]
+        return defs.resolve_job_def("flush").execute_in_process(
+            instance=self.instance,
+            run_config={"ops": {"plan_units": {"config": config}}} if config else None,
+            raise_on_error=False,
+        )
+
+    def files(self) -> list[str]:
+        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*.parquet"))
+
+    def rows(self, query: str = "SELECT * FROM files") -> list[tuple[Any, ...]]:
+        """DuckDB over all files, as the view `files`."""
+        if not self.files():
+            return []
+        import duckdb
+
+        connection = duckdb.connect()
+        connection.execute(
+            f"CREATE VIEW files AS SELECT * FROM read_parquet('{self.root}/**/*.parquet', hive_partitioning = true)"
+        )
+        return connection.execute(query).fetchall()
+
+    def messages(self) -> list[str]:
+        return sorted(message for (message,) in self.rows("SELECT message FROM files"))
+
+
+@pytest.fixture
+def pipeline(
+    redis_buffer: RedisBuffer, redis_server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Pipeline]:
+    import dagster as dg
+
+    from d2p_pipeline.orchestration import sensor
+
+    root = tmp_path / "files"
+    for name, value in {"REDIS_URL": redis_server.url, "WRITER_FILE_PATH": str(root), "BUFFER_SIZE": "100"}.items():
+        monkeypatch.setenv(f"D2P_{name}", value)
+    sensor.parts.cache_clear()
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Pipeline(redis_buffer, root, instance)
+    sensor.parts.cache_clear()
