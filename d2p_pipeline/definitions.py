@@ -3,8 +3,8 @@
 import dagster as dg
 
 from d2p_pipeline.orchestration.assets import parquet_files
-from d2p_pipeline.orchestration.flush import flush
-from d2p_pipeline.orchestration.io_manager import ParquetIOManager
+from d2p_pipeline.orchestration.flush import acknowledge, flush
+from d2p_pipeline.orchestration.io_manager import ParquetIOManager, UnitMemory
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.orchestration.schedule import periodic_flush
 from d2p_pipeline.orchestration.sensor import buffer_sensor
@@ -15,6 +15,10 @@ defs = dg.Definitions(
     jobs=[flush],
     sensors=[buffer_sensor],
     schedules=[periodic_flush(load().flush_cron)],
-    resources={"delivery_parts": DeliveryResource(), "parquet": ParquetIOManager()},
+    resources={
+        "delivery_parts": DeliveryResource(),
+        "parquet": ParquetIOManager(),
+        "memory": UnitMemory(last_op=acknowledge.name),
+    },
     executor=dg.in_process_executor,
 )

@@ -171,7 +171,8 @@ def read(buffer: Buffer, unit: Unit) -> Text:
 def check(text: Text, rules: Rules) -> Rows:
     """Parse and validate. All parts are validated at once: pandera costs the same for one row and for many."""
     parsed = [
-        parse(chunks, rules, received_at=part.first) for part, chunks in zip(text.unit.parts, text.chunks, strict=True)
+        parse(chunks, rules, received_at=part.first, batch=part.claim.batch.id)
+        for part, chunks in zip(text.unit.parts, text.chunks, strict=True)
     ]
     verdict = validate(pa.concat_tables([part.table for part in parsed]), rules)
     reasons = dict(verdict.bad)
@@ -185,13 +186,13 @@ def check(text: Text, rules: Rules) -> Rows:
         )
         offset += height
         letters = [*records.rejects, *(_rejected(records.raw(row), reason, part) for row, reason in bad.items())]
-        dead_letters.append([msgspec.structs.replace(letter, batch=part.claim.batch.id) for letter in letters])
+        dead_letters.append(letters)
         tables.append(_without(records.table, bad))
     return Rows(text.unit, tables, dead_letters)
 
 
 def _rejected(raw: bytes, reason: str, part: Part) -> DeadLetter:
-    return DeadLetter(reason=reason, stage="validate", received_at=part.first, raw=raw)
+    return DeadLetter(reason=reason, stage="validate", received_at=part.first, raw=raw, batch=part.claim.batch.id)
 
 
 def _without(table: pa.Table, rows: Mapping[int, str]) -> pa.Table:

@@ -60,11 +60,7 @@ class EmbeddedRedis:
         self._durable = durable
         self._lock: IO[str] | None = None
         self.process: subprocess.Popen[bytes] | None = None
-        socket = self._directory / "redis.sock"
-        if len(os.fsencode(socket)) > _SOCKET_LIMIT:
-            digest = hashlib.sha256(os.fsencode(socket)).hexdigest()[:16]
-            socket = Path(tempfile.gettempdir()) / f"d2p-{os.getuid()}-{digest}.sock"
-        self._socket = socket
+        self._socket = socket_path(self._directory / "redis.sock")
 
     @property
     def url(self) -> str:
@@ -137,6 +133,14 @@ class EmbeddedRedis:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def socket_path(wanted: Path) -> Path:
+    """Where a Unix socket can be: `wanted`, or, as such paths are short, a name made of it in the temporary directory."""
+    if len(os.fsencode(wanted)) <= _SOCKET_LIMIT:
+        return wanted
+    digest = hashlib.sha256(os.fsencode(wanted)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"d2p-{os.getuid()}-{digest}.sock"
 
 
 def end_with_parent() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from d2p_pipeline.settings import Settings
 
 DELIVER_SECONDS = 600.0
+SHORT_REASON = 40
 
 
 def demo(
@@ -201,11 +202,11 @@ class Ledger:
         table.add_column("capability", overflow="fold")
         for name in ("received", "rows", "dead letters"):
             table.add_column(name, justify="right")
-        table.add_column("reasons", overflow="fold")
+        table.add_column("reasons", no_wrap=True)
         for name in ("files", "MB"):
             table.add_column(name, justify="right")
         for key, account in [*sorted(self.accounts.items()), ("total", self.total)]:
-            reasons = "\n".join(f"{count:,} × {reason}" for reason, count in account.reasons.most_common(6))
+            reasons = "\n".join(f"{count:,} × {reason}" for reason, count in account.reasons.most_common(4))
             if key == "total":
                 table.add_section()
                 reasons = ""
@@ -256,8 +257,13 @@ def _count_rows(root: Path) -> list[tuple[str, int, int, list[str]]]:
 
 
 def _short(reason: str) -> str:
-    """A reason without the value or position that differs from record to record."""
-    return reason.split(" (byte ")[0].split(": ")[0] if len(reason) > 60 else reason
+    """A reason without what differs from record to record: values, positions."""
+    field, separator, problem = reason.partition(": ")
+    if not separator:
+        return reason
+    if problem.startswith("required"):
+        return f"{field} missing"
+    return field if len(problem) > SHORT_REASON or "'" in problem else reason
 
 
 @contextmanager

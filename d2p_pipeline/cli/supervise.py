@@ -5,13 +5,13 @@ ends with its parent, however that dies: a Dagster daemon that nobody supervises
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +19,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2p_pipeline.buffer.embedded import end_with_parent
+from d2p_pipeline.buffer.embedded import end_with_parent, socket_path
 
 if TYPE_CHECKING:
     from d2p_pipeline.settings import Settings
 
+LOCATION = "d2p"
 PAUSE_SECONDS = 1.0
 PAUSE_LIMIT_SECONDS = 30.0
 STOP_SECONDS = 40.0
@@ -129,23 +130,24 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
     supervisor = Supervisor(say)
     with contextlib.ExitStack() as stack:
         stack.callback(supervisor.stop_all)
-        # Sockets have short paths; a home may be deep.
-        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="d2p-")))
-        code = str(sockets / "code.sock")
+        socket = socket_path(home / "code.sock")
+        socket.unlink(missing_ok=True)
+        workspace = _write_workspace(home, socket)
         supervisor.start("receiver", _python("d2p_pipeline.cli.main", "receive"), logs / "receiver.log")
         supervisor.start(
             "code server",
-            _dagster("api", "grpc", "--socket", code, "-m", "d2p_pipeline.definitions", "--location-name", "d2p"),
+            _dagster(
+                "api", "grpc", "--socket", str(socket), "-m", "d2p_pipeline.definitions", "--location-name", LOCATION
+            ),
             logs / "code-server.log",
         )
         # Two processes that create the instance's tables at once would corrupt them.
         subprocess.run(_dagster("instance", "info"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         supervisor.wait_until(lambda: _listens(settings.address, settings.port), "the receiver")
-        supervisor.wait_until(Path(code).exists, "Dagster's code server")
-        webserver = ["-h", "127.0.0.1", "-p", str(settings.dagster_port), "--grpc-socket", code]
-        supervisor.start("webserver", _python("dagster_webserver", *webserver), logs / "webserver.log")
-        daemon = _python("dagster._daemon", "run", "--grpc-socket", code)
-        supervisor.start("daemon", daemon, logs / "daemon.log")
+        supervisor.wait_until(socket.exists, "Dagster's code server")
+        address = ["-h", "127.0.0.1", "-p", str(settings.dagster_port), "-w", workspace]
+        supervisor.start("webserver", _python("dagster_webserver", *address), logs / "webserver.log")
+        supervisor.start("daemon", _python("dagster._daemon", "run", "-w", workspace), logs / "daemon.log")
         supervisor.wait_until(lambda: _listens("127.0.0.1", settings.dagster_port), "Dagster's webserver")
         yield supervisor
 
@@ -162,6 +164,14 @@ def dagster_home(home: Path) -> Path:
         ):
             shutil.copyfileobj(source, target)
     return directory
+
+
+def _write_workspace(home: Path, socket: Path) -> str:
+    """A workspace of one code server. Dagster knows sensors by where they come from, so the place stays the same."""
+    workspace = home / "workspace.yaml"
+    entry = {"grpc_server": {"socket": str(socket), "location_name": LOCATION}}
+    workspace.write_text(json.dumps({"load_from": [entry]}))  # JSON is YAML
+    return str(workspace)
 
 
 def _python(module: str, *arguments: str) -> list[str]:

@@ -17,7 +17,6 @@ from d2p_pipeline import delivery, wiring
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer, Reason, Seal
 from d2p_pipeline.delivery import Delivered, ParquetFile, Rows, Text, Unit, Written
 from d2p_pipeline.orchestration.assets import materializations
-from d2p_pipeline.orchestration.io_manager import ParquetIOManager, UnitMemory
 from d2p_pipeline.orchestration.resources import DeliveryResource
 
 
@@ -118,10 +117,6 @@ def report(context: dg.OpExecutionContext, units: list[list[Delivered]], deliver
 
 @dg.job(
     executor_def=dg.in_process_executor,
-    resource_defs={
-        "parquet": ParquetIOManager(),
-        "memory": dg.IOManagerDefinition.hardcoded_io_manager(UnitMemory("acknowledge")),
-    },
     description="Sealed batches to Parquet files. Launch it without configuration to flush everything that waits.",
 )
 def flush() -> None:

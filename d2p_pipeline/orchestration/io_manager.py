@@ -74,23 +74,29 @@ class UnitMemory(dg.IOManager):
 
     def __init__(self, last_op: str) -> None:
         self._last_op = last_op
-        self._values: dict[str | None, dict[tuple[str, str], Any]] = {}
+        self._values: dict[str | None, dict[str, Any]] = {}
 
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
-        unit = context.mapping_key
-        if context.step_key.partition("[")[0] == self._last_op:
+        unit = _unit(context)
+        if _step(context).startswith(f"{self._last_op}["):
             self._values.pop(unit, None)
             unit = None
-        self._values.setdefault(unit, {})[context.step_key, context.name] = obj
+        self._values.setdefault(unit, {})[_step(context)] = obj
 
     def load_input(self, context: dg.InputContext) -> object:
         output = context.upstream_output
         assert output
-        for values in self._values.values():
-            if (output.step_key, output.name) in values:
-                return values[output.step_key, output.name]
-        raise KeyError(f"{output.step_key}.{output.name} is not in memory; run the job from its start")
+        for values in (self._values.get(_unit(output), {}), self._values.get(None, {})):
+            if _step(output) in values:
+                return values[_step(output)]
+        raise KeyError(f"{_step(output)} is not in memory: run the job from its start, not from a failed step")
+
+
+def _unit(context: dg.OutputContext) -> str | None:
+    """The unit an output belongs to: its own mapping key, or the one in its step's name, `read_records[3]`."""
+    return context.mapping_key or context.step_key.partition("[")[2].rstrip("]") or None
 
 
 def _step(context: dg.OutputContext) -> str:
-    return f"{context.run_id}:{context.step_key}"
+    """Names an output within its run."""
+    return f"{context.step_key}:{context.mapping_key or ''}"

@@ -30,9 +30,9 @@ def test_everything_that_waits_is_flushed_without_configuration(pipeline: Pipeli
     assert pipeline.rows(
         'SELECT message, "business-capability", capability, year, month, day, hour FROM files ORDER BY 1'
     ) == [
-        ("1", "payments", "payments", 2026, "11", "21", "10"),
-        ("2", "orders", "orders", 2026, "11", "21", "10"),
-        ("3", "payments", "payments", 2026, "11", "21", "10"),
+        ("1", "payments", "payments", 2026, 11, 21, 10),
+        ("2", "orders", "orders", 2026, 11, 21, 10),
+        ("3", "payments", "payments", 2026, 11, 21, 10),
     ]
     assert list(pipeline.buffer.open_batches()) == []
     assert dict(pipeline.buffer.totals()) == {"payments": Totals(2, 2, 0), "orders": Totals(1, 1, 0)}

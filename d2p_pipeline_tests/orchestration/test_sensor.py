@@ -2,6 +2,7 @@
 
 import dagster as dg
 import pytest
+from dagster._core.test_utils import create_run_for_test
 from redis import Redis
 
 from d2p_pipeline.buffer.protocol import BatchRef
@@ -106,10 +107,8 @@ def test_a_batch_is_not_asked_for_again_while_a_run_holds_or_awaits_it(pipeline:
     assert claim
     assert tick(pipeline) == []
     pipeline.buffer.release(claim)
-    from d2p_pipeline.definitions import defs
-
-    pipeline.instance.create_run_for_job(
-        defs.resolve_job_def("flush"), run_config=request.run_config, status=dg.DagsterRunStatus.QUEUED
+    create_run_for_test(
+        pipeline.instance, job_name="flush", run_config=request.run_config, status=dg.DagsterRunStatus.STARTING
     )
     let_time_pass(pipeline, redis_client)
     assert tick(pipeline) == []

@@ -1,0 +1,201 @@
+"""The whole system as users start it: `d2p up` with real processes, from the HTTP request to the Parquet file."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import httpx
+import pytest
+from redis import Redis
+
+from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline_tests.pipeline import line
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        return listener.getsockname()[1]
+
+
+def until(condition: Callable[[], Any], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+    return found
+
+
+class System:
+    """A running `d2p up`."""
+
+    def __init__(self, directory: Path, **settings: str) -> None:
+        self.directory = directory
+        self.root = Path(settings.get("writer_file_path", directory / "out"))
+        self.port, self.dagster_port = free_port(), free_port()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("D2P_", "DAGSTER_"))}
+        environment |= {f"D2P_{name.upper()}": value for name, value in settings.items()}
+        command = [sys.executable, "-m", "d2p_pipeline.cli.main", "up", "--port", str(self.port)]
+        self.log = directory / "up.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--dagster-port", str(self.dagster_port)],
+                cwd=directory,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def wait(self) -> "System":
+        until(lambda: "Ctrl-C ends all" in self.log.read_text() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def post(self, *lines: bytes) -> None:
+        answer = httpx.post(f"http://127.0.0.1:{self.port}/records", content=b"\n".join(lines))
+        assert answer.json()["accepted"] == len(lines)
+
+    def messages(self) -> list[str]:
+        if not list(self.root.rglob("[!.]*.parquet")):
+            return []
+        return sorted(
+            message
+            for (message,) in duckdb.sql(f"SELECT message FROM read_parquet('{self.root}/**/*.parquet')").fetchall()
+        )
+
+    def graphql(self, query: str) -> Any:
+        answer = httpx.post(f"http://127.0.0.1:{self.dagster_port}/graphql", json={"query": query}, timeout=60)
+        return answer.json()["data"]
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(120)
+
+
+Start = Callable[..., System]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with ExitStack() as stack:
+
+        def start(name: str = "system", **settings: str) -> System:
+            directory = tmp_path / name
+            directory.mkdir(exist_ok=True)
+            system = System(directory, **settings)
+            stack.callback(system.stop)
+            return system
+
+        yield start
+
+
+def test_a_posted_record_is_in_a_file_and_in_the_ui_and_survives_a_restart(start: Start) -> None:
+    system = start().wait()
+    system.post(line("payments", "first"))
+    until(lambda: system.messages() == ["first"], seconds=60)
+
+    [run] = until(
+        lambda: system.graphql(
+            "{runsOrError(filter: {statuses: [SUCCESS]}) {... on Runs {results {tags {key value}}}}}"
+        )["runsOrError"]["results"]
+    )
+    tags = {tag["key"]: tag["value"] for tag in run["tags"]}
+    assert tags["d2p/key"] == "payments"
+    [file] = system.root.rglob("*.parquet")
+    assert file.name == f"{tags['d2p/batch']}-0.parquet"
+    asset = system.graphql(
+        """{assetOrError(assetKey: {path: "parquet_files"}) {... on Asset {assetMaterializations {
+            partition metadataEntries {label ... on IntMetadataEntry {intValue}}}}}}"""
+    )["assetOrError"]
+    [materialization] = asset["assetMaterializations"]
+    figures = {entry["label"]: entry.get("intValue") for entry in materialization["metadataEntries"]}
+    assert (materialization["partition"], figures["dagster/row_count"]) == ("payments", 1)
+
+    assert httpx.post(f"http://127.0.0.1:{system.port}/healthcheck/").status_code == 405
+    assert system.stop() == 0, system.log.read_text()
+
+    again = start(flush_interval="3600", buffer_size="1000000").wait()
+    again.post(line("payments", "second"))
+    assert again.stop(signal.SIGTERM) == 0
+    assert "1 records wait in Redis" in again.log.read_text()
+    third = start(flush_interval="1").wait()
+    until(lambda: third.messages() == ["first", "second"], seconds=60)
+
+
+def test_two_instances_on_one_redis_that_restarts_deliver_everything_once(start: Start, tmp_path: Path) -> None:
+    redis = EmbeddedRedis(tmp_path / "redis").start()
+    settings = {"redis_url": redis.url, "writer_file_path": str(tmp_path / "out"), "flush_interval": "1"}
+    one, two = start("one", **settings), start("two", **settings)
+    one.wait()
+    two.wait()
+    expected: list[str] = []
+    for number in range(20):
+        system, key = (one, two)[number % 2], f"key {number % 4}"
+        system.post(line(key, f"{number:03}"))
+        expected.append(f"{number:03}")
+        if number == 10:
+            assert redis.process
+            redis.process.kill()
+            redis.process.wait()
+            redis.stop()
+            redis = EmbeddedRedis(tmp_path / "redis").start()
+    with Redis.from_url(redis.url) as producer:
+        producer.rpush("data:{foreign}", line("foreign", "pushed"))
+    until(lambda: len(one.messages()) >= 21, seconds=120)
+    assert one.messages() == sorted([*expected, "pushed"])
+    assert one.stop() == two.stop() == 0
+    assert one.messages() == sorted([*expected, "pushed"])
+    redis.stop()
+
+
+def test_a_run_killed_while_it_works_is_taken_up_again(start: Start, tmp_path: Path) -> None:
+    system = start(redis_lock_ttl="2").wait()
+    blocked = system.root / "capability=payments"
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("in the way")  # the run fails, and is asked for again
+    system.post(line("payments", "once"))
+    failed = "{runsOrError(filter: {statuses: [FAILURE]}) {... on Runs {results {runId}}}}"
+    until(lambda: system.graphql(failed)["runsOrError"]["results"])
+    blocked.unlink()
+    until(lambda: system.messages() == ["once"], seconds=100)
+
+
+def test_demo_balances_its_books(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "d2p_pipeline.cli.main",
+        "demo",
+        "--exit",
+        "--records",
+        "5000",
+        "--bad-ratio",
+        "0.02",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("D2P_", "DAGSTER_"))}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "received 5,000 = rows 4,900 + dead letters 100" in done.stdout
+    assert "the books balance" in done.stdout
+
+
+def test_status_shows_what_waits(tmp_path: Path, redis_server: EmbeddedRedis, redis_client: Redis) -> None:
+    redis_client.rpush("data:{payments}", line(), line())
+    environment = {**os.environ, "D2P_REDIS_URL": redis_server.url}
+    command = [sys.executable, "-m", "d2p_pipeline.cli.main", "status", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    status = json.loads(done.stdout)
+    assert status["keys"]["payments"]["buffered"] == 2
