@@ -23,8 +23,8 @@ from d2p_pipeline.records.fields import BY_NAME, LOG_FIELDS, Field, canonical_st
 from d2p_pipeline.records.rules import Rules
 from d2p_pipeline.records.timestamps import canonical_time, certain_years
 
-_WHITESPACE = b" \t\r\n"
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+WHITESPACE = b" \t\r\n"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MASKED = b'"*"'
 
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -57,7 +57,7 @@ class Normalizer:
 
     def canonical(self, raw: bytes) -> Canonical:
         """The canonical form of one JSON object; Rejected if there is none."""
-        line = raw.strip(_WHITESPACE)
+        line = raw.strip(WHITESPACE)
         first, last = self._years
         try:
             record = self._decode(line)
@@ -86,7 +86,7 @@ class Normalizer:
 
     def rewritten_line(self, raw: bytes) -> bytes:
         """The canonical line written anew even if `raw` is one, so that no name in it is repeated."""
-        return self._rewritten(raw.strip(_WHITESPACE)).line
+        return self._rewritten(raw.strip(WHITESPACE)).line
 
     def _rewritten(self, line: bytes) -> Canonical:
         try:
@@ -201,7 +201,7 @@ class _Spare(NamedTuple):
 
 
 def _members(line: bytes) -> dict[str, msgspec.Raw]:
-    line = line.removeprefix(_BYTE_ORDER_MARK)
+    line = line.removeprefix(BYTE_ORDER_MARK)
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,0 +1,93 @@
+"""Tables become Parquet: split by partition, then encoded in memory.
+
+The same table, encoding and metadata give the same bytes, so that a replay overwrites a file with itself. Schema and field
+ids are the table's (records/fields.py); the Arrow schema is not stored beside Parquet's own.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2p_pipeline.records.fields import column_name
+from d2p_pipeline.records.rules import Rules
+
+Compression = Literal["snappy", "zstd", "gzip", "none"]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_HOUR = {"ms": 3_600_000, "us": 3_600_000_000, "ns": 3_600_000_000_000}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How files are written; `row_group_bytes` bounds a row group's size in memory, before encoding."""
+
+    compression: Compression = "snappy"
+    row_group_bytes: int = 128 << 20
+
+
+def split(table: pa.Table, rules: Rules, ingested_at: int | None = None) -> list[tuple[str, datetime, pa.Table]]:
+    """The table's partitions as (key, hour, rows): by the records' own key and the hour of their `time`, in UTC.
+
+    With `ingested_at` (ms since the epoch) all rows belong to that hour instead. Partitions come in the order of their
+    first rows, rows keep their order, and rows that lie together already are not copied.
+    """
+    groups = (
+        _labels(table, rules, ingested_at).with_row_index().group_by("key", "hour", maintain_order=True).agg("index")
+    )
+    return [
+        (key, _EPOCH + timedelta(hours=hour), _rows(table, rows))
+        for key, hour, rows in zip(groups["key"], groups["hour"], groups["index"], strict=True)
+    ]
+
+
+def encode(table: pa.Table, encoding: Encoding, metadata: Mapping[str, str]) -> pa.Buffer:
+    """A Parquet file, with `metadata` as the footer's key-value pairs."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        table.schema,
+        version="2.6",
+        compression=encoding.compression,
+        use_dictionary=True,
+        write_statistics=True,
+        write_page_index=True,
+        store_schema=False,
+    ) as writer:
+        for rows in _row_groups(table, encoding.row_group_bytes):
+            writer.write_table(rows, row_group_size=max(1, rows.num_rows))
+        writer.add_key_value_metadata(dict(metadata))
+    return sink.getvalue()
+
+
+def _labels(table: pa.Table, rules: Rules, ingested_at: int | None) -> pl.DataFrame:
+    """Key and hour (since the epoch) of every row."""
+    key_columns = [column_name(name, rules.column_names) for name in rules.key_fields]
+    frame = pl.DataFrame(pl.from_arrow(table.select(["time", *key_columns])))
+    if ingested_at is None:
+        hour = pl.col("time").to_physical() // _HOUR[rules.timestamp_unit]
+    else:
+        hour = pl.lit(ingested_at // _HOUR["ms"])
+    return frame.select(key=pl.concat_str(key_columns, separator=":"), hour=hour)
+
+
+def _rows(table: pa.Table, rows: pl.Series) -> pa.Table:
+    first, last = rows[0], rows[-1]
+    if last - first + 1 == len(rows):
+        return table.slice(first, len(rows))
+    return table.take(rows.to_arrow())
+
+
+def _row_groups(table: pa.Table, limit: int) -> Iterator[pa.Table]:
+    if table.nbytes <= limit or table.num_rows <= 1:
+        yield table
+        return
+    pieces = min(table.num_rows, -(-table.nbytes // limit))
+    height = -(-table.num_rows // pieces)
+    for start in range(0, table.num_rows, height):
+        # Rows differ in size, so a piece may still be too large.
+        yield from _row_groups(table.slice(start, height), limit)

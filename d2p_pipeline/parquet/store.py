@@ -1,0 +1,81 @@
+"""Where files go. A file is there whole and durable, or not at all; writing it again replaces it.
+
+Paths are relative to the store's root, with `/`, as parquet/layout.py makes them.
+"""
+
+import os
+import secrets
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Store(Protocol):
+    """A place for Parquet files."""
+
+    def write(self, path: str, data: "Buffer") -> None:
+        """Make `data` durable under `path`. OSError names the file."""
+        ...
+
+    def scan(self, prefix: str = "") -> list[str]:
+        """Every Parquet file below the directory `prefix`, sorted, as paths or URLs that readers take."""
+        ...
+
+
+class LocalStore:
+    """A directory. Readers see no partial file: data is written beside the target under a name that begins with a dot
+    and does not end in `.parquet`, then renamed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def write(self, path: str, data: "Buffer") -> None:
+        target = self._root / _inside(path)
+        try:
+            _make_directory(target.parent)
+            temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+            try:
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)  # noqa: PTH105 (fault tests strike at os.replace)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_directory(target.parent)
+        except OSError as error:
+            # A full disk does not tell which file it refused.
+            if error.filename is None:
+                raise OSError(error.errno, error.strerror, str(target)) from error
+            raise
+
+    def scan(self, prefix: str = "") -> list[str]:
+        directory = self._root / _inside(prefix)
+        return sorted(str(file) for file in directory.rglob("*.parquet") if not file.name.startswith((".", "_")))
+
+
+def _inside(path: str) -> PurePosixPath:
+    relative = PurePosixPath(path)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ValueError(f"{path!r} is not a path below the root")
+    return relative
+
+
+def _make_directory(directory: Path) -> None:
+    if directory.is_dir():
+        return
+    if directory.parent != directory:
+        _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the entries of a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,277 @@
+# pyright: standard
+"""Chunks become typed rows: most lines in bulk, the few that need it one by one.
+
+Every line that is not blank is a row or a dead letter, and the rows keep the order of the lines. Two steps:
+
+1. Canonical text. Our own chunks claim to be canonical; of other chunks, blocks of lines are checked in bulk and, where
+   that fails, normalized line by line.
+2. Decoding by arrow-rs's JSON reader, whose flaws shape this module: it ignores unknown fields and reads some things
+   that are no valid record (hence step 1), fails a whole block for one bad line (hence `_recover`), keeps both of two
+   equal map keys (hence `_repeated_map_keys`), and takes the process down when the text it quotes in an error contains
+   NUL (hence `_is_dangerous`).
+
+pyarrow has no type information, hence `standard` above.
+"""
+
+import io
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import arro3.core
+import arro3.io
+import polars as pl
+import pyarrow as pa
+
+from d2p_pipeline.records import chunk as chunk_format
+from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
+from d2p_pipeline.records.fields import LOG_FIELDS, TimestampUnit, arrow_schema
+from d2p_pipeline.records.normalize import BYTE_ORDER_MARK, WHITESPACE, Normalizer
+from d2p_pipeline.records.rules import Rules
+
+# Text decoded at once: enough that the cost per call does not show, little enough to repeat for one bad line.
+_BLOCK = 4 << 20
+# Text checked at once: the checked objects of a block still fit into the processor's cache.
+_CHECKED = 64 << 10
+# Rows per Arrow batch; larger ones make the decoder slower.
+_BATCH_ROWS = 1024
+
+_MAPS = [field.name for field in LOG_FIELDS if field.kind == "map"]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What some chunks hold: `lines` is the number of their lines that are not blank, each a row or a reject.
+
+    `table` has the schema of `fields.arrow_schema`. A chunk that cannot be read counts as one line.
+    """
+
+    table: pa.Table
+    rejects: list[DeadLetter]
+    lines: int
+    _sources: "list[_Source]" = field(repr=False)
+
+    def raw(self, row: int) -> bytes:
+        """The line that `row` was made of, as received."""
+        source = self._sources[bisect_right(self._sources, row, key=lambda source: source.first_row) - 1]
+        return source.lines[row - source.first_row]
+
+
+def parse(
+    chunks: Sequence[bytes],
+    rules: Rules,
+    received_at: int,
+    batch: str | None = None,
+    chunk_limit: int = chunk_format.DEFAULT_LIMIT,
+) -> Parsed:
+    """Decode chunks. `received_at` (ms since the epoch) and `batch` are for the dead letters; our own chunks carry their
+    time of reception with them. Memory: the decompressed text and the table."""
+    parser = _Parser(Normalizer(rules), rules.timestamp_unit, batch)
+    for chunk in chunks:
+        parser.add(chunk, received_at, chunk_limit)
+    parser.finish()
+    schema = arrow_schema(rules.timestamp_unit, rules.column_names)
+    if parser.tables:
+        table = pa.Table.from_arrays(pa.concat_tables(parser.tables).columns, schema=schema)
+    else:
+        table = schema.empty_table()
+    return Parsed(table, parser.rejects, parser.lines, parser.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Canonical NDJSON, one row per line. `originals` are the lines as received where they differ; `checked` tells that
+    the lines passed the normalizer in this process."""
+
+    text: bytes
+    rows: int
+    received_at: int
+    checked: bool
+    originals: list[bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One canonical line and how it was received."""
+
+    text: bytes
+    original: bytes
+    received_at: int
+
+
+class _Source:
+    """The lines of consecutive rows. They are split only when one is asked for."""
+
+    def __init__(self, first_row: int, text: bytes, originals: list[bytes] | None) -> None:
+        self.first_row = first_row
+        self._text = text
+        self._originals = originals
+
+    @cached_property
+    def lines(self) -> list[bytes]:
+        return self._text.split(b"\n") if self._originals is None else self._originals
+
+
+class _Parser:
+    """Collects pieces into blocks and decodes block by block."""
+
+    def __init__(self, normalizer: Normalizer, unit: TimestampUnit, batch: str | None) -> None:
+        self.tables: list[pa.Table] = []
+        self.rejects: list[DeadLetter] = []
+        self.sources: list[_Source] = []
+        self.lines = 0
+        self._normalizer = normalizer
+        self._batch = batch
+        self._decode = _decoder(unit)
+        self._rows = 0
+        self._block: list[_Piece] = []
+        self._block_size = 0
+
+    def add(self, chunk: bytes, received_at: int, limit: int) -> None:
+        try:
+            content = chunk_format.decode(chunk, limit)
+        except chunk_format.ChunkError as error:
+            self.lines += 1
+            self._reject(str(error), chunk, received_at)
+            return
+        if content.received_at is not None:
+            received_at = content.received_at
+        if content.records and content.body.count(b"\n") == content.body.count(b"}\n") == content.records:
+            self.lines += content.records
+            self._push(_Piece(content.body, content.records, received_at, checked=False))
+            return
+        for text in _blocks(content.body.removeprefix(BYTE_ORDER_MARK)):
+            self._push(self._checked(text, received_at))
+
+    def finish(self) -> None:
+        if self._block:
+            block, self._block, self._block_size = self._block, [], 0
+            self._decode_block(block)
+
+    def _push(self, piece: _Piece) -> None:
+        if not piece.rows:
+            return
+        self._block.append(piece)
+        self._block_size += len(piece.text)
+        if self._block_size >= _BLOCK:
+            self.finish()
+
+    def _checked(self, text: bytes, received_at: int) -> _Piece:
+        rows = self._normalizer.count_canonical(text)
+        if rows is not None:
+            self.lines += rows
+            return _Piece(text, rows, received_at, checked=True)
+        lines: list[bytes] = []
+        originals: list[bytes] = []
+        for line in text.split(b"\n"):
+            if not line.removeprefix(BYTE_ORDER_MARK).strip(WHITESPACE):
+                continue
+            self.lines += 1
+            try:
+                lines.append(self._normalizer.canonical(line).line)
+            except Rejected as error:
+                self._reject(error.reason, line, received_at)
+            else:
+                originals.append(line)
+        return _Piece(b"\n".join((*lines, b"")), len(lines), received_at, checked=True, originals=originals)
+
+    def _decode_block(self, block: list[_Piece]) -> None:
+        text = b"".join(piece.text for piece in block)
+        if _is_dangerous(text) and not all(piece.checked for piece in block):
+            self._recover(block)
+            return
+        try:
+            table = self._decode(text)
+        except pa.ArrowInvalid:
+            self._recover(block)
+            return
+        if table.num_rows != sum(piece.rows for piece in block) or _repeated_map_keys(table):
+            self._recover(block)
+            return
+        for piece in block:
+            self._source(piece.rows, piece.text, piece.originals)
+        self.tables.append(table)
+
+    def _recover(self, block: list[_Piece]) -> None:
+        """Decode a block that has bad lines: reject or mend these, keep all others, in order."""
+        lines: list[_Line] = []
+        for piece in block:
+            texts = piece.text.split(b"\n")[:-1]
+            for text, original in zip(texts, piece.originals or texts, strict=True):
+                line = _Line(text, original, piece.received_at)
+                lines.extend(
+                    [line] if piece.checked else self._anew(line, lambda raw: self._normalizer.canonical(raw).line)
+                )
+        self._bisect(lines)
+
+    def _bisect(self, lines: list[_Line]) -> None:
+        if not lines:
+            return
+        text = b"".join(line.text + b"\n" for line in lines)
+        try:
+            table = self._decode(text)
+        except pa.ArrowInvalid as error:
+            if len(lines) == 1:
+                self._reject(f"the decoder refuses it: {error}", lines[0].original, lines[0].received_at)
+                return
+            middle = len(lines) // 2
+            self._bisect(lines[:middle])
+            self._bisect(lines[middle:])
+            return
+        if repeated := _repeated_map_keys(table):
+            mended: list[_Line] = []
+            for row, line in enumerate(lines):
+                mended.extend(self._anew(line, self._normalizer.rewritten_line) if row in repeated else [line])
+            self._bisect(mended)
+            return
+        self._source(len(lines), text, [line.original for line in lines])
+        self.tables.append(table)
+
+    def _anew(self, line: _Line, normalize: Callable[[bytes], bytes]) -> list[_Line]:
+        """The line normalized once more, or nothing if it is rejected."""
+        try:
+            return [replace(line, text=normalize(line.text))]
+        except Rejected as error:
+            self._reject(error.reason, line.original, line.received_at)
+            return []
+
+    def _source(self, rows: int, text: bytes, originals: list[bytes] | None) -> None:
+        self.sources.append(_Source(self._rows, text, originals))
+        self._rows += rows
+
+    def _reject(self, reason: str, raw: bytes, received_at: int) -> None:
+        letter = DeadLetter(reason=reason, stage="parse", received_at=received_at, raw=raw, batch=self._batch)
+        self.rejects.append(letter)
+
+
+def _blocks(body: bytes) -> Iterator[bytes]:
+    """`body` cut after newlines; the last line gets its newline if it has none."""
+    start = 0
+    while start < len(body):
+        end = body.find(b"\n", min(start + _CHECKED, len(body) - 1)) + 1
+        yield body[start:end] if end else body[start:] + b"\n"
+        start = end or len(body)
+
+
+def _decoder(unit: TimestampUnit) -> Callable[[bytes], pa.Table]:
+    schema = arro3.core.Schema.from_arrow(arrow_schema(unit))
+
+    def decode(text: bytes) -> pa.Table:
+        return pa.table(arro3.io.read_json(io.BytesIO(text), schema, batch_size=_BATCH_ROWS))
+
+    return decode
+
+
+def _is_dangerous(text: bytes) -> bool:
+    return b"\0" in text or b"\\u0000" in text
+
+
+def _repeated_map_keys(table: pa.Table) -> frozenset[int]:
+    """Rows with a map that has a key twice, which readers of Parquet take for damage."""
+    rows: set[int] = set()
+    for name in _MAPS:
+        maps = table.column(name).combine_chunks()
+        keys = pl.Series(pl.from_arrow(pa.ListArray.from_arrays(maps.offsets, maps.keys)))
+        rows.update((keys.list.n_unique() != keys.list.len()).arg_true())
+    return frozenset(rows)

@@ -1,0 +1,93 @@
+# pyright: standard
+"""Typed rows are checked by pandera, and split into good ones and rejected ones with their reasons.
+
+Types are not in question any more (parse.py made them); what is checked is what a column's type cannot say. pandera
+validates the eager, typed frame with `coerce=False` and `lazy=True`: coercing fails a whole column for one bad value, and
+validation of lazy frames looks at no data. pyarrow and pandera have no complete type information, hence `standard` above.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import polars as pl
+import pyarrow as pa
+
+from d2p_pipeline.records.fields import LOG_FIELDS, TimestampUnit, column_name
+from d2p_pipeline.records.rules import Rules
+from d2p_pipeline.records.timestamps import first_and_last
+
+if TYPE_CHECKING:
+    from pandera.polars import DataFrameSchema
+
+
+@dataclass(frozen=True)
+class Split:
+    """`good` rows in their order, and the numbers of the other rows in the table given, each with all its reasons."""
+
+    good: pa.Table
+    bad: list[tuple[int, str]]
+
+
+def validate(table: pa.Table, rules: Rules) -> Split:
+    """Check a table of `parse`: required fields are there, key fields are not empty, times lie in the calendar."""
+    # Importing pandera takes a second, which programs that never validate need not pay.
+    from pandera.errors import SchemaErrors
+
+    schema = _schema(rules)
+    # Times are checked as numbers: pandera shows failing values as datetimes, which reach as far as the calendar only.
+    frame = pl.DataFrame(pl.from_arrow(table.select(list(schema.columns)))).with_columns(pl.col("time").to_physical())
+    try:
+        schema.validate(frame, lazy=True)
+    except SchemaErrors as errors:
+        reasons = _reasons(errors.failure_cases, rules)
+    else:
+        return Split(table, [])
+    keep = pl.select(~pl.int_range(table.num_rows).is_in(list(reasons))).to_series()
+    return Split(table.filter(keep.to_arrow()), sorted(reasons.items()))
+
+
+def _schema(rules: Rules) -> "DataFrameSchema":
+    from pandera.polars import Check, Column, DataFrameSchema
+
+    first, last = (_since_epoch(moment, rules.timestamp_unit) for moment in first_and_last(rules.timestamp_unit))
+    columns: dict[str, Column] = {}
+    for field in LOG_FIELDS:
+        is_key = field.name in rules.key_fields
+        if not (field.required or is_key):
+            continue
+        checks: list[Check] = []
+        dtype = pl.Int64 if field.kind == "timestamp" else pl.String
+        if field.kind == "timestamp":
+            checks.append(Check.in_range(first, last, error=_IN_CALENDAR))
+        if is_key:
+            checks.append(Check.str_length(min_value=1, error=_NOT_EMPTY))
+        columns[column_name(field.name, rules.column_names)] = Column(dtype, checks, nullable=False)
+    return DataFrameSchema(columns, coerce=False)
+
+
+_NOT_EMPTY = "key field, is empty"
+_IN_CALENDAR = "lies outside the years that can be stored"
+
+
+def _since_epoch(moment: datetime, unit: TimestampUnit) -> int:
+    microseconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    return {"ms": microseconds // 1000, "us": microseconds, "ns": microseconds * 1000}[unit]
+
+
+def _reasons(failures: pl.DataFrame, rules: Rules) -> dict[int, str]:
+    """Every failed row with its reasons in the order of the fields."""
+    names = {column_name(field.name, rules.column_names): field.name for field in LOG_FIELDS}
+    reasons: dict[int, list[str]] = {}
+    for row, column, check in _failed(failures):
+        text = "required, is missing or null" if check == "not_nullable" else check
+        reasons.setdefault(row, []).append(f"{names[column]}: {text}")
+    return {row: "; ".join(texts) for row, texts in reasons.items()}
+
+
+def _failed(failures: pl.DataFrame) -> Iterator[tuple[int, str, str]]:
+    for row, column, check in failures.select("index", "column", "check").iter_rows():
+        if row is None:
+            raise TypeError(f"the table does not have the schema of its rules: column {column}, {check}")
+        yield row, column, check
