@@ -46,7 +46,7 @@ class System:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("D2P_", "DAGSTER_"))}
         environment |= {f"D2P_{name.upper()}": value for name, value in settings.items()}
         command = [sys.executable, "-m", "d2p_pipeline.cli.main", "up", "--port", str(self.port)]
-        self.log = directory / "up.log"
+        self.log = directory / f"up-{self.port}.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--dagster-port", str(self.dagster_port)],

@@ -1,5 +1,10 @@
+import subprocess
+import sys
+
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from d2p_pipeline.records.fields import arrow_schema
 from d2p_pipeline.records.parse import parse
@@ -69,3 +74,38 @@ def test_what_parse_makes_has_the_types_that_are_validated(unit, style) -> None:
 def test_another_table_is_refused_as_a_whole() -> None:
     with pytest.raises(TypeError, match="schema"):
         validate(table().set_column(1, "level", pa.array([], pa.int64())), Rules())
+
+
+_rows = st.lists(
+    st.fixed_dictionaries(
+        {
+            "message": st.sampled_from(["m", "", None]),
+            "business-capability": st.sampled_from(["k", "k", "", None]),
+            "time": st.sampled_from([0, 0, None, 253_402_300_800_000_000]),
+        }
+    ),
+    max_size=6,
+)
+
+
+@given(_rows)
+def test_exactly_the_rows_that_break_a_rule_are_rejected(rows: list[dict]) -> None:
+    def is_bad(row: dict) -> bool:
+        return row["message"] is None or not row["business-capability"] or row["time"] != 0
+
+    split = validate(table(*rows), Rules())
+    assert [number for number, _ in split.bad] == [number for number, row in enumerate(rows) if is_bad(row)]
+    assert split.good.num_rows == len(rows) - len(split.bad)
+
+
+def test_sound_rows_do_not_pay_for_what_explains_bad_ones() -> None:
+    script = """
+import sys
+from d2p_pipeline.records.parse import parse
+from d2p_pipeline.records.rules import Rules
+from d2p_pipeline.records.validate import validate
+from d2p_pipeline_tests.records.builders import line
+assert validate(parse([line()], Rules(), 0).table, Rules()).bad == []
+assert "pandera" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
