@@ -34,15 +34,18 @@ def split(table: pa.Table, rules: Rules, ingested_at: int | None = None) -> list
     """The table's partitions as (key, hour, rows): by the records' own key and the hour of their `time`, in UTC.
 
     With `ingested_at` (ms since the epoch) all rows belong to that hour instead. Partitions come in the order of their
-    first rows, rows keep their order, and rows that lie together already are not copied.
+    first rows, rows keep their order; where partitions lie one after the other already, nothing is copied.
     """
-    groups = (
-        _labels(table, rules, ingested_at).with_row_index().group_by("key", "hour", maintain_order=True).agg("index")
-    )
-    return [
-        (key, _EPOCH + timedelta(hours=hour), _rows(table, rows))
-        for key, hour, rows in zip(groups["key"], groups["hour"], groups["index"], strict=True)
-    ]
+    labels = _labels(table, rules, ingested_at).with_row_index()
+    groups = labels.group_by("key", "hour", maintain_order=True).agg("index")
+    order = groups["index"].explode()
+    together = table if order.is_sorted() else table.take(order.to_arrow())
+    partitions: list[tuple[str, datetime, pa.Table]] = []
+    start = 0
+    for key, hour, height in groups.select("key", "hour", pl.col("index").list.len()).iter_rows():
+        partitions.append((key, _EPOCH + timedelta(hours=hour), together.slice(start, height)))
+        start += height
+    return partitions
 
 
 def encode(table: pa.Table, encoding: Encoding, metadata: Mapping[str, str]) -> pa.Buffer:
@@ -73,13 +76,6 @@ def _labels(table: pa.Table, rules: Rules, ingested_at: int | None) -> pl.DataFr
     else:
         hour = pl.lit(ingested_at // _HOUR["ms"])
     return frame.select(key=pl.concat_str(key_columns, separator=":"), hour=hour)
-
-
-def _rows(table: pa.Table, rows: pl.Series) -> pa.Table:
-    first, last = rows[0], rows[-1]
-    if last - first + 1 == len(rows):
-        return table.slice(first, len(rows))
-    return table.take(rows.to_arrow())
 
 
 def _row_groups(table: pa.Table, limit: int) -> Iterator[pa.Table]:

