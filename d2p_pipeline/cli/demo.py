@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from d2p_pipeline.settings import Settings
 
 DELIVER_SECONDS = 600.0
-SHORT_REASON = 40
 
 
 def demo(
@@ -199,17 +198,16 @@ class Ledger:
         from rich.table import Table
 
         table = Table(header_style="bold", row_styles=["", "dim"])
-        table.add_column("capability", overflow="fold")
-        for name in ("received", "rows", "dead letters"):
-            table.add_column(name, justify="right")
-        table.add_column("reasons", no_wrap=True)
+        table.add_column("capability", no_wrap=True)
+        for name in ("received", "rows", "dead"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("letters by reason")
         for name in ("files", "MB"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for key, account in [*sorted(self.accounts.items()), ("total", self.total)]:
-            reasons = "\n".join(f"{count:,} × {reason}" for reason, count in account.reasons.most_common(4))
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in account.reasons.most_common())
             if key == "total":
                 table.add_section()
-                reasons = ""
             table.add_row(
                 key,
                 f"{account.received:,}",
@@ -257,13 +255,15 @@ def _count_rows(root: Path) -> list[tuple[str, int, int, list[str]]]:
 
 
 def _short(reason: str) -> str:
-    """A reason without what differs from record to record: values, positions."""
+    """The kind of a reason, without values and positions."""
+    from d2p_pipeline.records.fields import BY_NAME
+
     field, separator, problem = reason.partition(": ")
     if not separator:
         return reason
-    if problem.startswith("required"):
-        return f"{field} missing"
-    return field if len(problem) > SHORT_REASON or "'" in problem else reason
+    if field not in BY_NAME:
+        return field
+    return f"{field} missing" if problem.startswith("required") else f"{field} unreadable"
 
 
 @contextmanager
