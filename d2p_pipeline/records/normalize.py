@@ -2,7 +2,7 @@
 
 A canonical line is one JSON object without newline that fits `canonical_struct`: exact names and types, nothing unknown.
 The bulk decoder (parse.py) takes only canonical lines, because it drops what it does not know. Most records arrive
-canonical and are kept byte for byte; the others are rewritten value by value, from the exact text of each value.
+canonical and are kept byte for byte; the others are rewritten value by value, and numbers keep their text.
 
 Nothing is lost on the way. What its field cannot hold (a number in `audit`, a string in `args`), what an alias carries
 beside its field, and every unknown field goes to `extra-fields`: under its normalized name, if that is taken under the
@@ -12,9 +12,10 @@ A `hmac` that a record brings is a field like any other until a later step fills
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -25,12 +26,16 @@ from d2p_pipeline.records.timestamps import canonical_time, certain_years
 
 WHITESPACE = b" \t\r\n"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_MASKED = b'"*"'
+# Longer names are not remembered, so that no sender fills the memory with them.
+_LONGEST_KEPT_NAME = 64
+
+
+def _as_written(number: str) -> msgspec.Raw:
+    return msgspec.Raw(number.encode("ascii"))
+
 
 _year_of = attrgetter("time.year")
-_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_array = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_string = msgspec.json.Decoder(str).decode
+_object = msgspec.json.Decoder(dict[str, Any], float_hook=_as_written).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,9 @@ class Normalizer:
             *(n.replace("-", "_") for n in rules.key_fields)
         )
         self._years = certain_years(rules.timestamp_unit)
+        required = [field.name for field in LOG_FIELDS if field.required]
+        self._needed = tuple(dict.fromkeys((*required, *rules.key_fields)))
+        self._plain_strings = frozenset(f.name for f in LOG_FIELDS if f.kind == "string") - self._hidden
 
     def canonical(self, raw: bytes) -> Canonical:
         """The canonical form of one JSON object; Rejected if there is none."""
@@ -85,51 +93,60 @@ class Normalizer:
 
     def _rewritten(self, line: bytes) -> Canonical:
         try:
-            claims, spares = self._claims(_members(line))
-            record = self._fields(claims, spares)
-            self._place(spares, record)
-        except msgspec.DecodeError as error:
-            raise _unreadable(line, error) from None
+            record = self._record(_members(line))
         except RecursionError:
             raise Rejected("nested too deep to be read") from None
-        return Canonical(self._completed(record), msgspec.json.encode(record))
+        key = self._completed(record)
+        return Canonical(key, msgspec.json.encode(record))
 
-    def _claims(self, members: dict[str, msgspec.Raw]) -> tuple[dict[str, list["_Claim"]], list["_Spare"]]:
-        """Which values claim which field, the best claim first, and the values that no field is meant by."""
-        claims: dict[str, list[_Claim]] = {}
-        spares: list[_Spare] = []
-        for written, raw in members.items():
-            name = normalize_name(written)
-            target = target_name(name)
-            value = bytes(raw)
-            if target in self._rules.ignored_fields:
-                continue
-            # A masked map keeps its names; its values are masked when it is merged.
-            if target in self._rules.masked_fields and value != b"null" and not _is_map(target, value):
-                value = _MASKED
-            if target not in BY_NAME:
-                spares.append(_Spare(written, _text(value)))
-            elif value != b"null":
-                rank = 0 if written == target else 1 if name == target else 2
-                claims.setdefault(target, []).append(_Claim(rank, written, value))
-        for rivals in claims.values():
-            rivals.sort(key=attrgetter("rank"))
-        return claims, spares
-
-    def _fields(self, claims: dict[str, list["_Claim"]], spares: list["_Spare"]) -> dict[str, Any]:
-        """The record of the claims that win; what loses or does not fit its field is added to `spares`."""
+    def _record(self, members: dict[str, Any]) -> dict[str, Any]:
+        """Every value at its place: exact names first, then other spellings of a field's name, then aliases, then all
+        that is left over."""
         record: dict[str, Any] = {}
-        for field in LOG_FIELDS:
-            for claim in claims.get(field.name, ()):
-                if _is_map(field.name, claim.value):
-                    self._merge(record.setdefault(field.name, {}), field, claim.value, spares)
-                elif field.name not in record and (fitting := self._fitting(field, claim.value)) is not None:
-                    record[field.name] = fitting
+        spellings: list[tuple[Field, str, Any]] = []
+        aliases: list[tuple[Field, str, Any]] = []
+        spares: list[_Spare] = []
+        for written, value in members.items():
+            if type(value) is str and written in self._plain_strings:
+                record[written] = value
+            elif written in BY_NAME:
+                self._take(BY_NAME[written], written, value, record, spares)
+            else:
+                name, target = _meaning(written)
+                if target not in BY_NAME:
+                    self._leave(target, written, value, spares)
+                elif name == target:
+                    spellings.append((BY_NAME[target], written, value))
                 else:
-                    spares.append(_Spare(claim.written, _text(claim.value)))
+                    aliases.append((BY_NAME[target], written, value))
+        for field, written, value in (*spellings, *aliases):
+            self._take(field, written, value, record, spares)
+        if spares:
+            self._place(spares, record)
         return record
 
-    def _fitting(self, field: Field, value: bytes) -> object | None:
+    def _leave(self, name: str, written: str, value: Any, spares: list["_Spare"]) -> None:
+        """Keep the value of an unknown field."""
+        if name in self._rules.masked_fields and value is not None:
+            value = "*"
+        if name not in self._rules.ignored_fields:
+            spares.append(_Spare(written, _text(value)))
+
+    def _take(self, field: Field, written: str, value: Any, record: dict[str, Any], spares: list["_Spare"]) -> None:
+        """Give the field its value; what loses to an earlier value or does not fit is added to `spares`."""
+        if value is None or field.name in self._rules.ignored_fields:
+            return
+        if field.kind == "map" and type(value) is dict:
+            self._merge(record.setdefault(field.name, {}), field, cast(dict[str, Any], value), spares)
+            return
+        if field.name in self._rules.masked_fields:
+            value = "*"
+        if field.name in record or (fitting := self._fitting(field, value)) is None:
+            spares.append(_Spare(written, _text(value)))
+        else:
+            record[field.name] = fitting
+
+    def _fitting(self, field: Field, value: Any) -> object | None:
         """A value that is not null as its field holds it, None if it does not fit."""
         match field.kind:
             case "string":
@@ -137,20 +154,27 @@ class Normalizer:
             case "timestamp":
                 return canonical_time(_text(value) or "", self._rules.timestamp_unit)
             case "bool":
-                return {"true": True, "false": False}.get((_text(value) or "").lower())
+                return (
+                    value if type(value) is bool else {"true": True, "false": False}.get((_text(value) or "").lower())
+                )
             case "list":
-                return [_text(bytes(element)) for element in _array(value)] if value[:1] == b"[" else [_text(value)]
+                elements = cast(list[Any], value) if type(value) is list else [value]
+                return [_text(element) for element in elements]
             case "map":
                 return None
 
-    def _merge(self, entries: dict[str, str | None], field: Field, value: bytes, spares: list["_Spare"]) -> None:
-        for name, raw in _object(value).items():
-            target = target_name(normalize_name(name))
-            if target in self._rules.ignored_fields:
-                continue
-            text = _text(bytes(raw))
-            if text is not None and not self._rules.masked_fields.isdisjoint((field.name, target)):
-                text = "*"
+    def _merge(
+        self, entries: dict[str, str | None], field: Field, value: dict[str, Any], spares: list["_Spare"]
+    ) -> None:
+        all_masked = field.name in self._rules.masked_fields
+        for name, inner in value.items():
+            text = _text(inner)
+            if self._hidden:
+                target = _meaning(name)[1]
+                if target in self._rules.ignored_fields:
+                    continue
+                if text is not None and (all_masked or target in self._rules.masked_fields):
+                    text = "*"
             if name in entries:
                 spares.append(_Spare(name, text))
             else:
@@ -158,7 +182,7 @@ class Normalizer:
 
     def _place(self, spares: list["_Spare"], record: dict[str, Any]) -> None:
         """Put every spare value into `extra-fields` under a name that is free."""
-        if not spares or "extra-fields" in self._rules.ignored_fields:
+        if "extra-fields" in self._rules.ignored_fields:
             return
         entries: dict[str, str | None] = record.setdefault("extra-fields", {})
         masked = "extra-fields" in self._rules.masked_fields
@@ -171,21 +195,12 @@ class Normalizer:
         """Fill in the default capability, check what must be there, and return the key."""
         if self._rules.default_capability and not record.get("business-capability"):
             record["business-capability"] = self._rules.default_capability
-        needed = dict.fromkeys([field.name for field in LOG_FIELDS if field.required] + list(self._rules.key_fields))
-        if missing := [name for name in needed if name not in record]:
+        if missing := [name for name in self._needed if name not in record]:
             raise Rejected("; ".join(f"{name}: required, is missing or null" for name in missing), missing[0])
         for name in self._rules.key_fields:
             if record[name] == "":
                 raise Rejected(f"{name}: key field, is empty", name)
         return ":".join(record[name] for name in self._rules.key_fields)
-
-
-class _Claim(NamedTuple):
-    """A value whose name means a known field. Rank 0: the name itself, 1: another spelling of it, 2: an alias."""
-
-    rank: int
-    written: str
-    value: bytes
 
 
 class _Spare(NamedTuple):
@@ -195,37 +210,46 @@ class _Spare(NamedTuple):
     text: str | None
 
 
-def _members(line: bytes) -> dict[str, msgspec.Raw]:
+def _members(line: bytes) -> dict[str, Any]:
+    """The object's members; floats as Raw, so that their text stays as written."""
     line = line.removeprefix(BYTE_ORDER_MARK)
+    try:
+        return _object(line)
+    except UnicodeDecodeError:
+        raise _not_utf8(line) from None
+    except msgspec.ValidationError as error:
+        raise Rejected(f"no record: {error}") from None
+    except msgspec.DecodeError as error:
+        position = "" if "(byte " in str(error) else f" (byte {len(line)})"
+        raise Rejected(f"invalid JSON: {error}{position}") from None
+
+
+def _not_utf8(line: bytes) -> Rejected:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Rejected(f"invalid UTF-8: {error.reason} (byte {error.start})") from None
-    return _object(line)
+        return Rejected(f"invalid UTF-8: {error.reason} (byte {error.start})")
+    return Rejected("invalid UTF-8 in an escape")
 
 
-def _unreadable(line: bytes, error: msgspec.DecodeError) -> Rejected:
-    if isinstance(error, msgspec.ValidationError):
-        return Rejected(f"not a JSON object: {error}")
-    position = "" if "(byte " in str(error) else f" (byte {len(line)})"
-    return Rejected(f"invalid JSON: {error}{position}")
+def _text(value: Any) -> str | None:
+    """A value as a string field holds it: numbers and booleans as written, nested values as compact JSON."""
+    if value is None or type(value) is str:
+        return value
+    if type(value) is msgspec.Raw:
+        return bytes(value).decode("ascii")
+    return msgspec.json.encode(value).decode("utf-8")
 
 
-def _text(value: bytes) -> str | None:
-    """JSON as a string field holds it: numbers and booleans as written, nested values compact, null as None."""
-    match value[:1]:
-        case b'"':
-            return _string(value)
-        case b"n":
-            return None
-        case b"{" | b"[":
-            return msgspec.json.format(value, indent=-1).decode("utf-8")
-        case _:
-            return value.decode("utf-8")
+def _meaning(written: str) -> tuple[str, str]:
+    """The normalized name and the field it means, if any."""
+    return _short_meaning(written) if len(written) <= _LONGEST_KEPT_NAME else _short_meaning.__wrapped__(written)
 
 
-def _is_map(field_name: str, value: bytes) -> bool:
-    return field_name in BY_NAME and BY_NAME[field_name].kind == "map" and value[:1] == b"{"
+@lru_cache(maxsize=4096)
+def _short_meaning(written: str) -> tuple[str, str]:
+    name = normalize_name(written)
+    return name, target_name(name)
 
 
 def _names_for(written: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ numbers become UTC text with the precision they came with, down to a nanosecond.
 import datetime
 import re
 from decimal import ROUND_FLOOR, Decimal
+from functools import cache
 from typing import Annotated
 
 import msgspec
@@ -31,6 +32,7 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _AwareDatetime = Annotated[datetime.datetime, msgspec.Meta(tz=True)]
 
 
+@cache
 def first_and_last(unit: TimestampUnit) -> tuple[datetime.datetime, datetime.datetime]:
     """The first and the last moment that can be stored: the years of the calendar, or those that 64 bits of ns cover."""
     if unit == "ns":
