@@ -31,6 +31,9 @@ _ASSUMED_RATIO = 8
 
 _LEVEL = 1
 
+# The end of the year 9999, beyond which a time cannot be written down.
+_LAST_MS = 253_402_300_799_999
+
 # Bytes given to the decompressor at once where the size is unknown: the best a byte can do is 32 KiB of output.
 _PIECE = 4096
 
@@ -103,6 +106,8 @@ def _header(chunk: bytes) -> tuple[int, int, int] | None:
     if length != _HEADER.size or len(chunk) < _PREFIX_SIZE:
         raise ChunkError("its header is damaged", len(chunk))
     _, _, records, received_at, size = _HEADER.unpack_from(chunk, _SKIPPABLE.size)
+    if received_at > _LAST_MS:
+        raise ChunkError(f"its header is damaged: received at {received_at} ms", len(chunk))
     return records, received_at, size
 
 

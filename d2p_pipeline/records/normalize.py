@@ -229,7 +229,7 @@ def _not_utf8(line: bytes) -> Rejected:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
         return Rejected(f"invalid UTF-8: {error.reason} (byte {error.start})")
-    return Rejected("invalid UTF-8 in an escape")
+    return Rejected("invalid UTF-8")
 
 
 def _text(value: Any) -> str | None:

@@ -71,9 +71,9 @@ def parse(
 ) -> Parsed:
     """Decode chunks. `received_at` (ms since the epoch) and `batch` are for the dead letters; our own chunks carry their
     time of reception with them. Memory: the decompressed text and the table."""
-    parser = _Parser(Normalizer(rules), rules.timestamp_unit, batch)
+    parser = _Parser(rules, received_at, batch)
     for chunk in chunks:
-        parser.add(chunk, received_at, chunk_limit)
+        parser.add(chunk, chunk_limit)
     parser.finish()
     schema = arrow_schema(rules.timestamp_unit, rules.column_names)
     if parser.tables:
@@ -120,35 +120,57 @@ class _Source:
 class _Parser:
     """Collects pieces into blocks and decodes block by block."""
 
-    def __init__(self, normalizer: Normalizer, unit: TimestampUnit, batch: str | None) -> None:
+    def __init__(self, rules: Rules, received_at: int, batch: str | None) -> None:
         self.tables: list[pa.Table] = []
         self.rejects: list[DeadLetter] = []
         self.sources: list[_Source] = []
         self.lines = 0
-        self._normalizer = normalizer
+        self._normalizer = Normalizer(rules)
+        self._decode = _decoder(rules.timestamp_unit)
+        self._received_at = received_at
         self._batch = batch
-        self._decode = _decoder(unit)
         self._rows = 0
+        self._unchecked: list[bytes] = []
+        self._unchecked_size = 0
         self._block: list[_Piece] = []
         self._block_size = 0
 
-    def add(self, chunk: bytes, received_at: int, limit: int) -> None:
+    def add(self, chunk: bytes, limit: int) -> None:
         try:
             content = chunk_format.decode(chunk, limit)
         except chunk_format.ChunkError as error:
             self.lines += 1
-            self._reject(str(error), chunk, received_at)
+            self._reject(str(error), chunk, self._received_at)
             return
-        if content.received_at is not None:
-            received_at = content.received_at
+        received_at = self._received_at if content.received_at is None else content.received_at
         if content.records and content.body.count(b"\n") == content.records:
+            self._check()
             self.lines += content.records
             self._push(_Piece(content.body, content.records, received_at, checked=False))
-            return
-        for text in _blocks(content.body.removeprefix(BYTE_ORDER_MARK)):
-            self._push(self._checked(text, received_at))
+        elif content.canonical:
+            self._check()
+            self._check_text(content.body, received_at)
+        elif text := content.body.removeprefix(BYTE_ORDER_MARK):
+            # Other producers often push one line per chunk: these are checked together.
+            self._unchecked.append(text if text.endswith(b"\n") else text + b"\n")
+            self._unchecked_size += len(text)
+            if self._unchecked_size >= _CHECKED:
+                self._check()
 
     def finish(self) -> None:
+        self._check()
+        self._flush()
+
+    def _check(self) -> None:
+        if self._unchecked:
+            text, self._unchecked, self._unchecked_size = b"".join(self._unchecked), [], 0
+            self._check_text(text, self._received_at)
+
+    def _check_text(self, text: bytes, received_at: int) -> None:
+        for part in _blocks(text):
+            self._push(self._checked(part, received_at))
+
+    def _flush(self) -> None:
         if self._block:
             block, self._block, self._block_size = self._block, [], 0
             self._decode_block(block)
@@ -159,7 +181,7 @@ class _Parser:
         self._block.append(piece)
         self._block_size += len(piece.text)
         if self._block_size >= _BLOCK:
-            self.finish()
+            self._flush()
 
     def _checked(self, text: bytes, received_at: int) -> _Piece:
         rows = self._normalizer.count_canonical(text)

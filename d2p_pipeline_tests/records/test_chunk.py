@@ -10,7 +10,9 @@ from d2p_pipeline_tests.records.builders import line
 OURS = chunk.encode([line(message=str(number)) for number in range(100)], received_at_ms=1_700_000_000_000)
 
 
-@given(st.lists(st.binary().map(lambda data: data.replace(b"\n", b"")), min_size=1), st.integers(0, 2**63))
+@given(
+    st.lists(st.binary().map(lambda data: data.replace(b"\n", b"")), min_size=1), st.integers(0, 253_402_300_799_999)
+)
 def test_a_chunk_tells_its_lines_their_number_and_when_they_came(lines, received_at) -> None:
     body = b"".join(entry + b"\n" for entry in lines)
     encoded = chunk.encode(lines, received_at)
@@ -88,6 +90,11 @@ def test_a_chunk_larger_than_the_limit_is_refused_before_it_fills_memory(sized) 
         chunk.decode(bomb, limit=1000)
     with pytest.raises(ChunkError, match="more than the 1000 bytes"):
         chunk.decode(OURS, limit=1000)
+
+
+def test_a_time_of_reception_that_no_dead_letter_could_tell_is_damage() -> None:
+    with pytest.raises(ChunkError, match="damaged"):
+        chunk.decode(chunk.encode([line()], 253_402_300_800_000))
 
 
 def test_bytes_after_the_frame_are_not_swallowed() -> None:
