@@ -263,7 +263,7 @@ def _short(reason: str) -> str:
         return reason
     if field not in BY_NAME:
         return field
-    return f"{field} missing" if problem.startswith("required") else f"{field} unreadable"
+    return "missing field" if problem.startswith("required") else f"{field} unreadable"
 
 
 @contextmanager

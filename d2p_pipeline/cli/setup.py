@@ -1,7 +1,6 @@
 """What every command that works on the buffer does first: settings, logging, and a Redis to work with."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ ConfigFile = Annotated[
 
 def settings_of(config: Path | None, **flags: Any) -> "Settings":
     """The settings in force; what is wrong with them ends the command with exit code 2."""
+    from d2p_pipeline import logs
     from d2p_pipeline.settings import SettingsError, load
 
     try:
@@ -26,10 +26,7 @@ def settings_of(config: Path | None, **flags: Any) -> "Settings":
     except SettingsError as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from error
-    logging.basicConfig(
-        level=logging.DEBUG if settings.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    logs.configure(settings.log_formatter, debug=settings.debug)
     return settings
 
 

@@ -14,7 +14,7 @@ from granian.log import LogLevels
 from granian.rsgi import Scope
 from granian.server import Server
 
-from d2p_pipeline import wiring
+from d2p_pipeline import logs, wiring
 from d2p_pipeline.ingest.receiver import Receiver
 from d2p_pipeline.settings import Settings, load
 
@@ -29,6 +29,7 @@ class Application:
 
     def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
         settings = load()
+        logs.configure(settings.log_formatter, debug=settings.debug)
         buffer, _ = wiring.open_buffer(settings)
         self._receiver = Receiver(
             buffer,

@@ -1,4 +1,4 @@
-"""A flush run that kills itself with SIGKILL at a named point: `python -m d2p_pipeline_tests.faults.dying_run POINT KEY ID`.
+"""A flush run that is struck by a signal at a named point: `python -m d2p_pipeline_tests.faults.dying_run SIGKILL POINT KEY ID`.
 
 POINT is `before:STEP:N` or `after:STEP:N`: the Nth call of a step of the delivery, of a file's write, or of the buffer's
 acknowledgement. The run is the real job in the real process; only the blow is added.
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
-from d2p_pipeline.parquet.store import LocalStore
 
 from d2p_pipeline import delivery
 from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.parquet.store import LocalStore
 
 STEPS: dict[str, tuple[Any, str]] = {
     "plan": (delivery, "plan"),
@@ -28,8 +28,8 @@ STEPS: dict[str, tuple[Any, str]] = {
 }
 
 
-def die_at(point: str) -> None:
-    """Arrange for this process to be killed at `point`."""
+def strike_at(point: str, blow: signal.Signals) -> None:
+    """Arrange for this process to be struck at `point`."""
     when, step, number = point.split(":")
     owner, name = STEPS[step]
     original: Callable[..., Any] = getattr(owner, name)
@@ -40,18 +40,18 @@ def die_at(point: str) -> None:
         calls += 1
         last = calls == int(number)
         if last and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), blow)
         result = original(*args, **kwargs)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if last and when == "after":
+            os.kill(os.getpid(), blow)
         return result
 
     setattr(owner, name, wrapped)
 
 
 def main() -> None:
-    point, key, batch_id = sys.argv[1:]
-    die_at(point)
+    blow, point, key, batch_id = sys.argv[1:]
+    strike_at(point, signal.Signals[blow])
     from d2p_pipeline.definitions import defs
 
     config = {"ops": {"plan_units": {"config": {"batches": [{"key": key, "id": batch_id}]}}}}
