@@ -139,6 +139,7 @@ class _Parser:
         try:
             content = chunk_format.decode(chunk, limit)
         except chunk_format.ChunkError as error:
+            self._check()
             self.lines += 1
             self._reject(str(error), chunk, self._received_at)
             return
