@@ -216,8 +216,9 @@ def test_the_bulk_path_and_the_path_per_record_give_the_same_rows(lines) -> None
             canonical.append(NORMALIZER.rewritten_line(raw))
         except Rejected:
             continue
-    bulk = parsed(b"\n".join(lines))
-    single = parsed(*lines)
+    # The blank line keeps a line with zstd's magic number from being a chunk of another kind.
+    bulk = parsed(b"\n" + b"\n".join(lines))
+    single = parsed(*(b"\n" + raw for raw in lines))
     assert bulk.table.equals(single.table)
     assert [letter.raw for letter in bulk.rejects] == [letter.raw for letter in single.rejects]
     ours = parsed(chunk.encode(canonical, NOW)) if canonical else parsed()
