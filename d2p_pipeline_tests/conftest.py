@@ -13,7 +13,7 @@ from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Buffer
 from d2p_pipeline.buffer.redis import RedisBuffer
 
-pytest_plugins = ["d2p_pipeline_tests.pipeline"]
+pytest_plugins = ["d2p_pipeline_tests.pipeline", "d2p_pipeline_tests.receiving"]
 
 FULL_RECORDS = 100
 FULL_BYTES = 10_000

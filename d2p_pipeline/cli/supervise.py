@@ -134,6 +134,8 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
         socket.unlink(missing_ok=True)
         workspace = _write_workspace(home, socket)
         supervisor.start("receiver", _python("d2p_pipeline.cli.main", "receive"), logs / "receiver.log")
+        # Two processes that create the instance's tables at once would corrupt them.
+        subprocess.run(_dagster("instance", "info"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         supervisor.start(
             "code server",
             _dagster(
@@ -141,8 +143,6 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
             ),
             logs / "code-server.log",
         )
-        # Two processes that create the instance's tables at once would corrupt them.
-        subprocess.run(_dagster("instance", "info"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         supervisor.wait_until(lambda: _listens(settings.address, settings.port), "the receiver")
         supervisor.wait_until(socket.exists, "Dagster's code server")
         address = ["-h", "127.0.0.1", "-p", str(settings.dagster_port), "-w", workspace]

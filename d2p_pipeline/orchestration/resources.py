@@ -27,7 +27,7 @@ class DeliveryResource(dg.ConfigurableResource):
         for warning in warnings:
             if context.log:
                 context.log.warning(warning)
-        owner = f"{settings.redis_lock_instance_name}:{context.run_id or 'no-run'}:{os.getpid()}"
+        owner = f"{settings.redis_lock_instance_name}:{context.run.run_id if context.run else 'no-run'}:{os.getpid()}"
         self._buffer = buffer
         with contextlib.closing(buffer), Leases(buffer, owner, int(settings.redis_lock_ttl * 1000)) as self._leases:
             yield self

@@ -11,10 +11,8 @@ import signal
 import pytest
 from redis import Redis
 
-from d2p_pipeline_tests.ingest.conftest import StartReceiver
 from d2p_pipeline_tests.pipeline import Pipeline, line
-
-pytest_plugins = ["d2p_pipeline_tests.ingest.conftest"]
+from d2p_pipeline_tests.receiving import StartReceiver
 
 
 @pytest.mark.parametrize("count", [1, 99, 100, 101])

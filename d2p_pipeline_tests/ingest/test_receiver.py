@@ -16,7 +16,7 @@ from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.ingest.generator import generate
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.dead_letter import DeadLetter
-from d2p_pipeline_tests.ingest.conftest import RunningReceiver, StartReceiver
+from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver
 
 GOOD: dict[str, Any] = {
     "time": "2026-11-21T10:00:00Z",
