@@ -1,5 +1,6 @@
 """The buffer in this process's memory, for conversions without Redis and for tests: the same protocol, gone at exit."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,8 @@ class _Sealed:
     look_at: int
     owner: str = ""
     lease_end: int = 0
+    retry_at: int | None = None
+    failed_token: int = 0
 
 
 class MemoryBuffer:
@@ -154,7 +157,7 @@ class MemoryBuffer:
     def postpone(self, ref: BatchRef, until: int, *, requested: bool = False) -> None:
         with self._lock:
             sealed = self._sealed.get(ref)
-            if sealed and _is_open(sealed):
+            if sealed and not _is_done(sealed):
                 sealed.look_at = until
                 requests = sealed.batch.requests + requested
                 sealed.batch = msgspec.structs.replace(sealed.batch, requests=requests)
@@ -167,7 +170,7 @@ class MemoryBuffer:
     def claim(self, ref: BatchRef, owner: str, lease_ms: int) -> Claim | None:
         with self._lock:
             sealed, held = self._sealed.get(ref), self.is_claimed(ref)
-            if sealed is None or not _is_open(sealed) or (held and sealed.owner != owner):
+            if sealed is None or _is_done(sealed) or (held and sealed.owner != owner):
                 return None
             if not held:
                 sealed.batch = msgspec.structs.replace(sealed.batch, token=sealed.batch.token + 1)
@@ -177,7 +180,7 @@ class MemoryBuffer:
     def renew(self, claim: Claim, lease_ms: int) -> bool:
         with self._lock:
             sealed = self._sealed.get(claim.batch)
-            if sealed is None or not _is_open(sealed) or sealed.batch.token != claim.token:
+            if sealed is None or _is_done(sealed) or sealed.batch.token != claim.token:
                 return False
             sealed.owner, sealed.lease_end = claim.owner, self.now() + lease_ms
             return True
@@ -187,6 +190,33 @@ class MemoryBuffer:
             sealed = self._sealed.get(claim.batch)
             if sealed and sealed.owner == claim.owner:
                 sealed.owner, sealed.lease_end = "", 0
+
+    def fail(self, claim: Claim, error: str) -> int:
+        with self._lock:
+            sealed = self._sealed.get(claim.batch)
+            if (
+                sealed is None
+                or _is_done(sealed)
+                or claim.token != sealed.batch.token
+                or claim.token == sealed.failed_token
+            ):
+                return 0
+            sealed.batch = msgspec.structs.replace(
+                sealed.batch, state="recovery", error=error, failures=sealed.batch.failures + 1, failed_at=self.now()
+            )
+            sealed.failed_token, sealed.owner, sealed.lease_end, sealed.retry_at = claim.token, "", 0, None
+            return sealed.batch.failures
+
+    def recovering(self, before: int | None = None) -> Iterator[Batch]:
+        with self._lock:
+            found = [sealed for sealed in self._sealed.values() if sealed.batch.state == "recovery"]
+            if before is not None:
+                found = [sealed for sealed in found if sealed.retry_at is not None and sealed.retry_at <= before]
+            return iter([sealed.batch for sealed in sorted(found, key=lambda sealed: sealed.retry_at or sys.maxsize)])
+
+    def retry_at(self, ref: BatchRef, when: int | None) -> None:
+        with self._lock:
+            self._sealed[ref].retry_at = when
 
     def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:
         with self._lock:
@@ -207,7 +237,7 @@ class MemoryBuffer:
     ) -> Literal["complete", "marked", "repeated"]:
         with self._lock:
             sealed = self._sealed.get(claim.batch)
-            if sealed is None or not _is_open(sealed) or unit in sealed.batch.units_done:
+            if sealed is None or _is_done(sealed) or unit in sealed.batch.units_done:
                 return "repeated"
             if sealed.batch.token != claim.token:
                 raise ClaimLostError(claim)
@@ -248,3 +278,7 @@ class MemoryBuffer:
 
 def _is_open(sealed: _Sealed) -> bool:
     return sealed.batch.state == "open"
+
+
+def _is_done(sealed: _Sealed) -> bool:
+    return sealed.batch.state == "done"

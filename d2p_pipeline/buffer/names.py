@@ -31,6 +31,7 @@ class Names(msgspec.Struct, frozen=True):
     lock: str = "lock"
     keys: str = "keys"
     batches: str = "batches"
+    recovery: str = "recovery"
 
     def of(self, prefix: str, key: str, suffix: str = "") -> bytes:
         """`prefix:{key}` or `prefix:{key}:suffix`."""

@@ -12,6 +12,10 @@ Reason = Literal["size", "bytes", "age", "request", "schedule", "replay"]
 """Why a buffer was sealed."""
 
 
+State = Literal["open", "recovery", "done"]
+"""Open: a run is to deliver it. Recovery: its delivery failed after all retries, and it waits for another attempt."""
+
+
 class Push(msgspec.Struct, frozen=True):
     """What one commit adds to one key: a chunk with its number of records and size in raw bytes, or dead letters, or both.
 
@@ -44,7 +48,7 @@ class Batch(msgspec.Struct, frozen=True):
 
     key: str
     id: str
-    state: Literal["open", "done"]
+    state: State
     reason: str
     sealed_at: int
     first: int
@@ -59,6 +63,9 @@ class Batch(msgspec.Struct, frozen=True):
     rows: int
     dead_letters: int
     plan: tuple[tuple[int, int], ...] | None = None
+    failures: int = 0
+    failed_at: int = 0
+    error: str = ""
 
     @property
     def ref(self) -> "BatchRef":
@@ -176,6 +183,18 @@ class Buffer(Protocol):
 
     def release(self, claim: Claim) -> None:
         """Give the batch back."""
+        ...
+
+    def fail(self, claim: Claim, error: str) -> int:
+        """Put the batch into recovery and give it back; returns how often it has failed, 0 when it is no longer ours."""
+        ...
+
+    def recovering(self, before: int | None = None) -> Iterator[Batch]:
+        """Batches in recovery, oldest next attempt first; `before`: those whose next attempt is due."""
+        ...
+
+    def retry_at(self, ref: BatchRef, when: int | None) -> None:
+        """When a batch in recovery is attempted next; None: when a person says so."""
         ...
 
     def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:

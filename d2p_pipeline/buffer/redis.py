@@ -36,6 +36,7 @@ from d2p_pipeline.buffer.protocol import (
     ClaimLostError,
     Push,
     Seal,
+    State,
     Totals,
 )
 
@@ -175,18 +176,20 @@ class RedisBuffer:
         return [_batch(ref, meta) if meta else None for ref, meta in zip(refs, metas, strict=True)]
 
     def due_batches(self, before: int, limit: int) -> list[Batch]:
-        return self._open(self._one("ZRANGEBYSCORE", self._names.batches, "-inf", before, "LIMIT", 0, limit))
+        members = self._one("ZRANGEBYSCORE", self._names.batches, "-inf", before, "LIMIT", 0, limit)
+        return self._in_state("open", self._names.batches, members)
 
     def open_batches(self) -> Iterator[Batch]:
         members: list[bytes] = self._one("ZRANGE", self._names.batches, 0, -1)
         for page in _pages(members):
-            yield from self._open(page)
+            yield from self._in_state("open", self._names.batches, page)
 
-    def _open(self, members: Sequence[bytes]) -> list[Batch]:
+    def _in_state(self, state: State, index: str, members: Sequence[bytes]) -> list[Batch]:
+        """The batches behind an index's members; those in another state leave the index."""
         found = self._batches([_ref(member) for member in members])
-        delivered = [member for member, batch in zip(members, found, strict=True) if not batch or batch.state == "done"]
-        self._run([_Call("ZREM", None, [self._names.batches, member]) for member in delivered])
-        return [batch for batch in found if batch and batch.state == "open"]
+        moved = [member for member, batch in zip(members, found, strict=True) if not batch or batch.state != state]
+        self._run([_Call("ZREM", None, [index, member]) for member in moved])
+        return [batch for batch in found if batch and batch.state == state]
 
     def postpone(self, ref: BatchRef, until: int, *, requested: bool = False) -> None:
         if requested:
@@ -211,6 +214,23 @@ class RedisBuffer:
     def release(self, claim: Claim) -> None:
         self._run([_Call("release", [self._names.of(self._names.lock, *claim.batch)], [claim.owner])])
 
+    def fail(self, claim: Claim, error: str) -> int:
+        keys = [self._names.of("batch-meta", *claim.batch), self._names.of(self._names.lock, *claim.batch)]
+        [failures] = self._run([_Call("fail", keys, [claim.token, error])])
+        if failures:
+            self.retry_at(claim.batch, None)
+            self._run([_Call("ZREM", None, [self._names.batches, _member(claim.batch)])])
+        return failures
+
+    def recovering(self, before: int | None = None) -> Iterator[Batch]:
+        end = "+inf" if before is None else before
+        members: list[bytes] = self._one("ZRANGEBYSCORE", self._names.recovery, "-inf", end)
+        for page in _pages(members):
+            yield from self._in_state("recovery", self._names.recovery, page)
+
+    def retry_at(self, ref: BatchRef, when: int | None) -> None:
+        self._run([_schedule(self._names.recovery, "+inf" if when is None else when, _member(ref))])
+
     def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> Plan | None:
         [plan] = self._run([_Call("plan", [self._names.of("batch-meta", *ref)], [msgspec.json.encode(units)])])
         return msgspec.json.decode(plan, type=Plan) if plan else None
@@ -230,7 +250,9 @@ class RedisBuffer:
         if answer == "stale":
             raise ClaimLostError(claim)
         if answer == "complete":
-            self._run([_Call("ZREM", None, [self._names.batches, _member(ref)])])
+            self._run(
+                [_Call("ZREM", None, [index, _member(ref)]) for index in (self._names.batches, self._names.recovery)]
+            )
         return cast(Literal["complete", "marked", "repeated"], answer)
 
     def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
@@ -275,10 +297,16 @@ class RedisBuffer:
             _Call("ZADD", None, [self._names.keys, "LT", 0 if self._is_full(state) else state.first, state.key])
             for state in states
         ]
+        batches = [batch for batch in self._batches(refs) if batch]
         calls += [
             _Call("ZADD", None, [self._names.batches, "NX", batch.sealed_at, _member(batch.ref)])
-            for batch in self._batches(refs)
-            if batch and batch.state == "open"
+            for batch in batches
+            if batch.state == "open"
+        ]
+        calls += [
+            _Call("ZADD", None, [self._names.recovery, "NX", "+inf", _member(batch.ref)])
+            for batch in batches
+            if batch.state == "recovery"
         ]
         return sum(self._run(calls))
 
@@ -342,7 +370,7 @@ def _pages(items: Iterable[_T]) -> Iterator[list[_T]]:
         yield page
 
 
-def _schedule(index: str, score: int, member: bytes | str) -> _Call:
+def _schedule(index: str, score: int | str, member: bytes | str) -> _Call:
     return _Call("schedule", [index], [score, member])
 
 
@@ -369,7 +397,7 @@ def _batch(ref: BatchRef, meta: dict[bytes, bytes]) -> Batch:
     return Batch(
         key=ref.key,
         id=ref.id,
-        state=cast(Literal["open", "done"], _text(fields["state"])),
+        state=cast(State, _text(fields["state"])),
         reason=_text(fields["reason"]),
         sealed_at=int(fields["sealed_at"]),
         first=int(fields["first"]),
@@ -383,4 +411,7 @@ def _batch(ref: BatchRef, meta: dict[bytes, bytes]) -> Batch:
         rows=int(fields["rows"]),
         dead_letters=int(fields["dead_letters"]),
         plan=msgspec.json.decode(plan, type=Plan) if plan else None,
+        failures=int(fields.get("failures", 0)),
+        failed_at=int(fields.get("failed_at", 0)),
+        error=_text(fields.get("error", b"")),
     )

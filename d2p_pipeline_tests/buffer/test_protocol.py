@@ -200,3 +200,62 @@ def test_dead_letters_are_listed_by_pages_oldest_first(buffer: Buffer) -> None:
     assert buffer.dead_letters("k") == letters
     assert list(buffer.dead_letter_keys()) == [("k", 5)]
     assert list(buffer.waiting()) == []
+
+
+def failed(buffer: Buffer, key: str = "k", batch_id: str = "B1") -> Batch:
+    push(buffer, key, b"one", b"two")
+    batch = seal(buffer, key, batch_id)
+    claim = buffer.claim(batch.ref, "run", LEASE)
+    assert claim
+    assert buffer.fail(claim, "disk full") == 1
+    assert buffer.fail(claim, "disk full") == 0  # the same failure, arriving twice
+    found = buffer.batch(batch.ref)
+    assert found
+    return found
+
+
+def test_a_failed_batch_waits_in_recovery_with_its_error_until_it_is_delivered(buffer: Buffer) -> None:
+    batch = failed(buffer)
+    assert (batch.state, batch.error, batch.failures) == ("recovery", "disk full", 1)
+    assert batch.failed_at > 0
+    assert not buffer.is_claimed(batch.ref)
+    assert list(buffer.open_batches()) == []
+    assert buffer.due_batches(buffer.now() + 1000, 10) == []
+    assert [found.ref for found in buffer.recovering()] == [batch.ref]
+    deliver(buffer, batch, rows=2)
+    assert list(buffer.recovering()) == []
+    assert dict(buffer.totals()) == {"k": Totals(2, 2, 0)}
+
+
+def test_a_batch_in_recovery_is_due_when_it_was_told_to_be(buffer: Buffer) -> None:
+    first, second = failed(buffer, "a", "B1"), failed(buffer, "b", "B2")
+    now = buffer.now()
+    assert list(buffer.recovering(now + LEASE)) == []
+    buffer.retry_at(first.ref, now + 10)
+    assert [found.ref for found in buffer.recovering(now + 20)] == [first.ref]
+    assert [found.ref for found in buffer.recovering()] == [first.ref, second.ref]
+
+
+def test_a_batch_fails_again_and_again_and_keeps_its_delivered_units(buffer: Buffer) -> None:
+    batch = failed(buffer)
+    for failures in (2, 3):
+        claim = buffer.claim(batch.ref, f"run {failures}", LEASE)
+        assert claim
+        buffer.acknowledge(claim, failures, units=9, rows=1)
+        assert buffer.fail(claim, f"error {failures}") == failures
+    found = buffer.batch(batch.ref)
+    assert found
+    assert (found.units_done, found.error) == (frozenset({2, 3}), "error 3")
+
+
+def test_a_run_that_lost_its_claim_cannot_fail_the_batch(buffer: Buffer) -> None:
+    push(buffer, "k", b"one")
+    ref = seal(buffer, "k").ref
+    paused = buffer.claim(ref, "paused", LEASE)
+    assert paused
+    buffer.release(paused)
+    assert buffer.claim(ref, "successor", LEASE)
+    assert buffer.fail(paused, "too late") == 0
+    found = buffer.batch(ref)
+    assert found
+    assert (found.state, found.failures) == ("open", 0)

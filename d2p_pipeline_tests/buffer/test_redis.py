@@ -32,6 +32,7 @@ STEPS: list[tuple[str, Callable[[RedisBuffer], object]]] = [
     ("renew", lambda buffer: buffer.renew(CLAIM, 60_000)),
     ("plan", lambda buffer: buffer.plan(REF, [(0, 1)])),
     ("acknowledge", lambda buffer: buffer.acknowledge(CLAIM, 0, units=2, rows=1, rejected=1, dead_letters=[b"late"])),
+    ("fail", lambda buffer: buffer.fail(CLAIM, "disk full")),
     ("release", lambda buffer: buffer.release(CLAIM)),
 ]
 
@@ -48,6 +49,7 @@ def test_a_reply_lost_after_any_step_changes_nothing(redis_client: Redis, proxy:
     batch = buffer.batch(REF)
     assert batch
     assert (batch.token, batch.plan, batch.units_done, batch.rows) == (1, ((0, 1),), {0}, 1)
+    assert (batch.state, batch.failures) == ("recovery", 1)
     assert buffer.read(REF, 0, 9) == [b"chunk"]
     assert buffer.dead_letters("k") == [b"letter", b"late"]
     assert dict(buffer.totals()) == {"k": Totals(2, 1, 2)}
@@ -99,6 +101,12 @@ def test_buffers_and_batches_that_no_index_knows_are_adopted(redis_client: Redis
     assert [state.key for state in redis_buffer.due(later, 10)] == ["other"]
     assert [batch.ref for batch in redis_buffer.due_batches(later, 10)] == [REF]
     assert redis_buffer.reconcile() == 0
+    claim = redis_buffer.claim(REF, "run", 60_000)
+    assert claim
+    redis_buffer.fail(claim, "disk full")
+    redis_client.delete("recovery")
+    assert redis_buffer.reconcile() == 1
+    assert [batch.ref for batch in redis_buffer.recovering()] == [REF]
 
 
 def test_a_full_server_refuses_a_push_whole_and_lets_deliveries_go_on(

@@ -14,7 +14,7 @@
 
 local state = redis.call('HGET', KEYS[1], 'state')
 local unit = 'unit:' .. ARGV[2]
-if state ~= 'open' or redis.call('HEXISTS', KEYS[1], unit) == 1 then
+if not state or state == 'done' or redis.call('HEXISTS', KEYS[1], unit) == 1 then
   return 'repeated'
 end
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then
