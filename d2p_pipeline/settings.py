@@ -290,7 +290,7 @@ class Settings(BaseSettings):
     redis_keys: RedisName = "keys"
     """Name of the index of keys."""
     redis_recovery_key: RedisName = "recovery"
-    """Accepted and unused: a batch whose delivery failed stays where it is."""
+    """Name of the index of batches whose delivery failed."""
 
     flush_cron: Annotated[str, AfterValidator(_check_cron)] = "*/5 * * * *"
     """Schedule, in UTC, on which everything buffered is flushed: minute hour day-of-month month day-of-week."""
@@ -302,10 +302,16 @@ class Settings(BaseSettings):
     """Runs asked for in one tick of the sensor."""
     use_dlq: bool = True
     """Keep rejected records, with the reason, as dead letters; `false`: they are counted, logged and dropped."""
-    try_auto_recover: bool = False
-    """Deliver failed batches again without being asked."""
+    write_retries: CountOrNone = 3
+    """Repetitions of a step that failed for a reason that may pass, before its batches go into recovery."""
+    write_retry_delay: Seconds = 1.0
+    """Seconds before the first repetition; doubled for each further one, with jitter."""
+    try_auto_recover: bool = True
+    """Deliver batches in recovery again without being asked."""
     recovery_attempts: CountOrNone = 3
-    """Automatic deliveries of a failed batch before it waits for a manual one."""
+    """Automatic deliveries of a batch in recovery before it waits for a person."""
+    recovery_delay: Seconds = 60.0
+    """Seconds before the first automatic delivery; doubled for each further one, up to an hour."""
 
     writer_type: Annotated[Literal["file", "aws-s3"], BeforeValidator(_lower)] = "file"
     """Where files go: a local directory, or a bucket."""
@@ -608,8 +614,6 @@ def _notes_on(settings: Settings) -> Iterator[str]:
         yield from (f"{name}: redis_url decides; ignored" for name in ("redis_host", "redis_db") if name in given)
     elif settings.redis_skip_flush and settings.redis_host is None:
         yield "redis_skip_flush: no Redis is configured, so nothing else delivers what this instance receives"
-    if "redis_recovery_key" in given:
-        yield "redis_recovery_key: a batch whose delivery failed stays where it is; ignored"
 
 
 def _problems_of(error: ValidationError) -> Iterator[Problem]:
@@ -771,7 +775,7 @@ loopback needs `tokens`. These settings mean something else than there:
 - `buffer_type` is `redis` by default, with an embedded server where none is configured, not `mem`.
 - `use_dlq` is true by default, because nothing is lost here unless that is asked for.
 - `redis_lock_ttl` is 1.5 × `flush_interval` by default, as documented there, and not endless.
-- `recovery_attempts` is 3 by default, so that `try_auto_recover` alone has an effect.
+- `try_auto_recover` is true and `recovery_attempts` 3 by default: what can heal itself waits for nobody.
 - `default_capability` has no default; a record without a capability is a dead letter, not `undefined`.
 - `redis_timeout` is in seconds, and `address` is loopback by default."""
 

@@ -52,6 +52,7 @@ def open_buffer(settings: Settings) -> tuple[RedisBuffer, list[str]]:
         dlq=settings.redis_dlq_prefix,
         lock=settings.redis_lock_prefix,
         keys=settings.redis_keys,
+        recovery=settings.redis_recovery_key,
     )
     buffer = RedisBuffer(client, names, full_records=settings.buffer_size, full_bytes=settings.flush_bytes)
     return buffer, warnings

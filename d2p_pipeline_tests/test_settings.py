@@ -149,8 +149,11 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "run_bytes": whole,
     "max_runs_per_tick": whole,
     "use_dlq": st.booleans(),
+    "write_retries": whole_or_zero,
+    "write_retry_delay": seconds,
     "try_auto_recover": st.booleans(),
     "recovery_attempts": whole_or_zero,
+    "recovery_delay": seconds,
     "writer_type": st.sampled_from(["file", "aws-s3"]),
     "writer_file_path": path,
     "writer_compression_type": st.sampled_from(["snappy", "zstd", "gzip", "none"]),
@@ -568,8 +571,8 @@ def test_a_conflict_with_an_invalid_value_is_not_reported_on_top() -> None:
 
 
 def test_settings_without_effect_are_noted() -> None:
-    notes = load(redis_url="redis://h", redis_host="g:1", redis_db=1, redis_recovery_key="recovery").notes
-    assert [note.partition(":")[0] for note in notes] == ["redis_host", "redis_db", "redis_recovery_key"]
+    notes = load(redis_url="redis://h", redis_host="g:1", redis_db=1).notes
+    assert [note.partition(":")[0] for note in notes] == ["redis_host", "redis_db"]
     assert load(redis_skip_flush=True).notes
     assert not load(redis_skip_flush=True, redis_host="h:1").notes
 

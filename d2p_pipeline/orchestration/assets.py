@@ -1,7 +1,7 @@
 """What the catalogue shows: `parquet_files`, one partition per key, with the figures of each delivery."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import dagster as dg
 
@@ -22,7 +22,18 @@ parquet_files = dg.AssetSpec(
 ).with_io_manager_key("parquet")
 
 
-def materializations(parts: Sequence[Delivered], *, now: int, took: float) -> Iterator[dg.AssetMaterialization]:
+def report_deliveries(
+    context: dg.OpExecutionContext | dg.AssetExecutionContext, parts: Sequence[Delivered], *, now: int, took: float
+) -> None:
+    """Show what a run delivered: one materialization of `parquet_files` per key."""
+    for event in _materializations(parts, now=now, took=took):
+        partition = cast(str, event.partition)
+        if not context.instance.has_dynamic_partition(PARTITIONS, partition):
+            context.instance.add_dynamic_partitions(PARTITIONS, [partition])
+        context.log_event(event)
+
+
+def _materializations(parts: Sequence[Delivered], *, now: int, took: float) -> Iterator[dg.AssetMaterialization]:
     """One event per key; `now` in ms by the buffer's clock, `took` in seconds since the run began."""
     by_key: dict[str, list[Delivered]] = {}
     for part in parts:

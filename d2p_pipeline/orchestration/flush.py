@@ -2,7 +2,8 @@
 
 Batches come from the buffer sensor as run configuration. From the launchpad, `keys` seals those buffers now, and no
 configuration at all seals everything that waits. Values between the ops stay in memory, so all run in one process; each
-unit's ops run before the next unit's (by priority), so memory holds one unit.
+unit's ops run before the next unit's (by priority), so memory holds one unit. A step that fails is repeated if its reason
+may pass; after that the hook `to_recovery` puts the unit's batches into recovery, and the other units go on.
 """
 
 import time
@@ -13,11 +14,12 @@ import dagster as dg
 from pydantic import Field
 from ulid import ULID
 
-from d2p_pipeline import delivery, wiring
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer, Reason, Seal
 from d2p_pipeline.delivery import Delivered, ParquetFile, Rows, Text, Unit, Written
-from d2p_pipeline.orchestration.assets import materializations
+from d2p_pipeline.orchestration.assets import report_deliveries
+from d2p_pipeline.orchestration.failures import to_recovery
 from d2p_pipeline.orchestration.resources import DeliveryResource
+from d2p_pipeline.settings import load
 
 
 class BatchConfig(dg.Config):
@@ -42,11 +44,10 @@ def plan_units(
     context: dg.OpExecutionContext, config: FlushConfig, delivery_parts: DeliveryResource
 ) -> Iterator[dg.DynamicOutput[Unit]]:
     """Seal what is asked for, claim the batches and cut them into units."""
-    buffer, settings = delivery_parts.buffer, delivery_parts.settings
     refs = [BatchRef(batch.key, batch.id) for batch in config.batches]
     if not refs:
-        refs = seal_now(buffer, config.keys, config.reason)
-    units, skipped = delivery.plan(buffer, delivery_parts.leases, refs, settings.unit_bytes)
+        refs = seal_now(delivery_parts.buffer, config.keys, config.reason)
+    units, skipped = delivery_parts.plan(refs)
     for ref in skipped:
         context.log.info(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it")
     context.log.info(f"{len(refs)} batches, {len(units)} units")
@@ -63,13 +64,13 @@ def seal_now(buffer: Buffer, keys: list[str], reason: Reason) -> list[BatchRef]:
 @dg.op(out=dg.Out(Text, io_manager_key="memory"), tags={"dagster/priority": "2"})
 def read_records(unit: Unit, delivery_parts: DeliveryResource) -> Text:
     """Read the unit's chunks."""
-    return delivery.read(delivery_parts.buffer, unit)
+    return delivery_parts.read(unit)
 
 
 @dg.op(out=dg.Out(Rows, io_manager_key="memory"), tags={"dagster/priority": "3"})
 def validate_records(context: dg.OpExecutionContext, text: Text, delivery_parts: DeliveryResource) -> Rows:
     """Chunks to typed rows; what is no valid record becomes a dead letter."""
-    rows = delivery.check(text, wiring.rules(delivery_parts.settings))
+    rows = delivery_parts.check(text)
     for part, letters in zip(rows.unit.parts, rows.dead_letters, strict=True):
         if letters:
             key, batch = part.claim.batch
@@ -80,43 +81,38 @@ def validate_records(context: dg.OpExecutionContext, text: Text, delivery_parts:
 @dg.op(out=dg.Out(list, io_manager_key="parquet"), tags={"dagster/priority": "4"})
 def build_parquet(rows: Rows, delivery_parts: DeliveryResource) -> list[ParquetFile]:
     """Rows to Parquet, one file per capability and hour; the IO manager writes them."""
-    settings = delivery_parts.settings
-    return delivery.build(
-        rows,
-        wiring.rules(settings),
-        wiring.encoding(settings),
-        partition_time=settings.partition_time,
-        use_hash=settings.use_hash,
-    )
+    return delivery_parts.build(rows)
 
 
 @dg.op(out=dg.Out(list, io_manager_key="memory"), tags={"dagster/priority": "5"})
 def acknowledge(rows: Rows, files: list, delivery_parts: DeliveryResource) -> list[Delivered]:
     """The files are durable: store the dead letters and mark the unit, in one step."""
-    return delivery.acknowledge(
-        delivery_parts.buffer,
-        delivery_parts.leases,
-        rows,
-        cast(list[Written], files),
-        keep_dead_letters=delivery_parts.settings.use_dlq,
-    )
+    return delivery_parts.acknowledge(rows, cast(list[Written], files))
 
 
 @dg.op(out=dg.Out(dg.Nothing, io_manager_key="memory"))
 def report(context: dg.OpExecutionContext, units: list[list[Delivered]], delivery_parts: DeliveryResource) -> None:
     """One materialization per key."""
-    now = delivery_parts.buffer.now()
     took = time.time() - (context.instance.get_run_stats(context.run_id).start_time or time.time())
     parts = [part for unit in units for part in unit]
-    for event in materializations(parts, now=now, took=took):
-        partition = cast(str, event.partition)
-        if not context.instance.has_dynamic_partition("keys", partition):
-            context.instance.add_dynamic_partitions("keys", [partition])
-        context.log_event(event)
+    report_deliveries(context, parts, now=delivery_parts.buffer.now(), took=took)
+
+
+def retry_policy() -> dg.RetryPolicy:
+    """How a failed step is repeated, as the settings say."""
+    settings = load()
+    return dg.RetryPolicy(
+        max_retries=settings.write_retries,
+        delay=settings.write_retry_delay,
+        backoff=dg.Backoff.EXPONENTIAL,
+        jitter=dg.Jitter.PLUS_MINUS,
+    )
 
 
 @dg.job(
     executor_def=dg.in_process_executor,
+    op_retry_policy=retry_policy(),
+    hooks={to_recovery},
     description="Sealed batches to Parquet files. Launch it without configuration to flush everything that waits.",
 )
 def flush() -> None:

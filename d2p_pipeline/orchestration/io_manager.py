@@ -8,6 +8,7 @@ from pydantic import PrivateAttr
 
 from d2p_pipeline import wiring
 from d2p_pipeline.delivery import ParquetFile, Written
+from d2p_pipeline.orchestration.failures import no_retry_if_permanent
 from d2p_pipeline.orchestration.keys import key_of
 from d2p_pipeline.parquet.layout import capability_prefix
 from d2p_pipeline.parquet.store import Store
@@ -33,7 +34,7 @@ class ParquetIOManager(dg.ConfigurableIOManager):
         return self._store
 
     def handle_output(self, context: dg.OutputContext, obj: list[ParquetFile]) -> None:
-        written = [self._write(file) for file in obj]
+        written = self.write(obj)
         self._written[_step(context)] = written
         context.add_output_metadata(
             {
@@ -44,9 +45,12 @@ class ParquetIOManager(dg.ConfigurableIOManager):
             }
         )
 
-    def _write(self, file: ParquetFile) -> Written:
-        self.store.write(file.path, file.data)
-        return Written(file.part, file.path, file.rows, file.data.size)
+    def write(self, files: list[ParquetFile]) -> list[Written]:
+        """Make files durable."""
+        with no_retry_if_permanent():
+            for file in files:
+                self.store.write(file.path, file.data)
+        return [Written(file.part, file.path, file.rows, file.data.size) for file in files]
 
     def load_input(self, context: dg.InputContext) -> list[Written] | pl.LazyFrame:
         if context.has_asset_key:

@@ -3,7 +3,10 @@
 from urllib.parse import quote, unquote
 
 PARTITIONS = "keys"
-"""Name of the dynamic partition set."""
+"""Name of the dynamic partition set of keys."""
+
+RECOVERY = "recovery"
+"""Name of the dynamic partition set of batches whose delivery failed; a partition is a batch's id."""
 
 
 def partition_of(key: str) -> str:

@@ -1,15 +1,19 @@
-"""What the ops of a run work with: settings, buffer and the run's claims; opened once per run, given back at its end."""
+"""What a run works with: settings, buffer and the run's claims; opened once per run, given back at its end.
+
+Its methods are the steps of `d2p_pipeline.delivery` with the settings filled in, for the ops of `flush` and for recovery.
+"""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import dagster as dg
 from pydantic import PrivateAttr
 
-from d2p_pipeline import wiring
+from d2p_pipeline import delivery, wiring
 from d2p_pipeline.buffer.lease import Leases
-from d2p_pipeline.buffer.protocol import Buffer
+from d2p_pipeline.buffer.protocol import BatchRef, Buffer
+from d2p_pipeline.delivery import Delivered, ParquetFile, Rows, Text, Unit, Written
 from d2p_pipeline.settings import Settings, load
 
 
@@ -19,6 +23,7 @@ class DeliveryResource(dg.ConfigurableResource):
     _settings: Settings | None = PrivateAttr(default=None)
     _buffer: Buffer | None = PrivateAttr(default=None)
     _leases: Leases | None = PrivateAttr(default=None)
+    _units: list[Unit] = PrivateAttr(default_factory=list)
 
     @contextlib.contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["DeliveryResource"]:
@@ -27,7 +32,8 @@ class DeliveryResource(dg.ConfigurableResource):
         for warning in warnings:
             if context.log:
                 context.log.warning(warning)
-        owner = f"{settings.redis_lock_instance_name}:{context.run.run_id if context.run else 'no-run'}:{os.getpid()}"
+        run = context.run.run_id if context.run else "no-run"
+        owner = f"{settings.redis_lock_instance_name}:{run}:{os.getpid()}"
         self._buffer = buffer
         with contextlib.closing(buffer), Leases(buffer, owner, int(settings.redis_lock_ttl * 1000)) as self._leases:
             yield self
@@ -46,3 +52,32 @@ class DeliveryResource(dg.ConfigurableResource):
     def leases(self) -> Leases:
         assert self._leases
         return self._leases
+
+    def plan(self, refs: Iterable[BatchRef]) -> tuple[list[Unit], list[BatchRef]]:
+        """Claim batches and cut them into units; the second list: those there is nothing to do for."""
+        units, skipped = delivery.plan(self.buffer, self.leases, refs, self.settings.unit_bytes)
+        self._units = units
+        return units, skipped
+
+    def unit(self, number: int) -> Unit:
+        """A unit of the plan."""
+        return self._units[number]
+
+    def read(self, unit: Unit) -> Text:
+        return delivery.read(self.buffer, unit)
+
+    def check(self, text: Text) -> Rows:
+        return delivery.check(text, wiring.rules(self.settings))
+
+    def build(self, rows: Rows) -> list[ParquetFile]:
+        settings = self.settings
+        return delivery.build(
+            rows,
+            wiring.rules(settings),
+            wiring.encoding(settings),
+            partition_time=settings.partition_time,
+            use_hash=settings.use_hash,
+        )
+
+    def acknowledge(self, rows: Rows, written: Sequence[Written]) -> list[Delivered]:
+        return delivery.acknowledge(self.buffer, self.leases, rows, written, keep_dead_letters=self.settings.use_dlq)

@@ -165,8 +165,12 @@ def test_a_target_that_cannot_be_written_keeps_the_batch_until_it_can(pipeline: 
     pipeline.receive([line(), line(time="2026-11-22T00:00:00Z")])
     [batch] = pipeline.buffer.seal([Seal("payments", "B1", "age")])
     assert not pipeline.flush(batch.ref).success
-    assert [found.ref for found in pipeline.buffer.open_batches()] == [batch.ref]
+    [waiting] = pipeline.buffer.recovering()
+    assert (waiting.ref, waiting.failures) == (batch.ref, 1)
+    assert "FileExistsError" in waiting.error or "NotADirectoryError" in waiting.error
+    assert str(pipeline.root) in waiting.error
     assert not pipeline.buffer.is_claimed(batch.ref)
+    assert pipeline.instance.get_dynamic_partitions("recovery") == [batch.id]
     pipeline.root.unlink()
     assert pipeline.flush(batch.ref).success
     assert len(pipeline.rows()) == 2
@@ -180,7 +184,8 @@ def test_one_unit_that_fails_does_not_hold_up_the_others(pipeline: Pipeline, mon
     result = pipeline.flush()
     assert not result.success
     assert [key for (key,) in pipeline.rows('SELECT "business-capability" FROM files')] == ["open"]
-    assert [batch.key for batch in pipeline.buffer.open_batches()] == ["blocked"]
+    assert [batch.key for batch in pipeline.buffer.recovering()] == ["blocked"]
+    assert list(pipeline.buffer.open_batches()) == []
 
 
 def test_rejected_records_are_counted_and_not_kept_where_dead_letters_are_switched_off(

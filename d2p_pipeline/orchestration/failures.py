@@ -1,0 +1,101 @@
+"""What becomes of failures: repeated when the reason may pass, else the unit's batches go into recovery.
+
+Dagster's three retry mechanisms are kept apart: a step's retry policy repeats what may pass within seconds; recovery is a
+later run over the same batch; a run that was killed is found by its lease, by the buffer sensor.
+"""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dagster as dg
+
+from d2p_pipeline.buffer.protocol import Batch, BufferUnavailableError, Claim, ClaimLostError
+from d2p_pipeline.orchestration.keys import RECOVERY
+from d2p_pipeline.orchestration.resources import DeliveryResource
+from d2p_pipeline.parquet.errors import PermanentStoreError
+from d2p_pipeline.settings import Settings
+
+LONGEST_DELAY_MS = 3_600_000
+_LAST_FOR_ERROR = 2000
+
+_PERMANENT = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+"""What the file system will say again a second later."""
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether somebody has to change something before the same write can succeed."""
+    return isinstance(error, PermanentStoreError) or (isinstance(error, OSError) and error.errno in _PERMANENT)
+
+
+@contextmanager
+def no_retry_if_permanent() -> Iterator[None]:
+    """Let a step fail at once where repeating it would be in vain."""
+    try:
+        yield
+    except (OSError, PermanentStoreError) as error:
+        if is_permanent(error):
+            raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
+        raise
+
+
+@dg.failure_hook(name="to_recovery", required_resource_keys={"delivery_parts"})
+def to_recovery(context: dg.HookContext) -> None:
+    """A unit's step failed for good: its batches wait in recovery, each as a partition of the asset `recovery`."""
+    number = re.search(r"\[(\d+)\]$", context.step_key)
+    if number is None or isinstance(context.op_exception, ClaimLostError):
+        return  # nothing is claimed yet, or another run has the batch
+    parts: DeliveryResource = context.resources.delivery_parts
+    for part in parts.unit(int(number[1])).parts:
+        put_into_recovery(parts, part.claim, context.op_exception, context.instance, context.log)
+
+
+def put_into_recovery(
+    parts: DeliveryResource,
+    claim: Claim,
+    error: BaseException | None,
+    instance: dg.DagsterInstance,
+    log: dg.DagsterLogManager,
+) -> None:
+    """Put one batch into recovery; where Redis does not answer, the batch's lease ends and the sensor finds it."""
+    key, batch_id = claim.batch
+    try:
+        failures = parts.buffer.fail(claim, _described(error))
+        parts.leases.drop(claim.batch)
+        batch = parts.buffer.batch(claim.batch)
+        if not failures or batch is None:
+            return
+        parts.buffer.retry_at(claim.batch, next_attempt(batch, parts.settings))
+    except BufferUnavailableError as unavailable:
+        log.warning(f"key={key} batch={batch_id} not put into recovery: {unavailable}")
+        return
+    instance.add_dynamic_partitions(RECOVERY, [batch_id])
+    log.error(f"key={key} batch={batch_id} in recovery after failure {failures}: {_described(error)}")
+
+
+def next_attempt(batch: Batch, settings: Settings) -> int | None:
+    """When a batch in recovery is delivered again without being asked (ms); None: when a person asks."""
+    if not settings.try_auto_recover or batch.failures > settings.recovery_attempts:
+        return None
+    delay = int(settings.recovery_delay * 1000) << (batch.failures - 1)
+    return batch.failed_at + min(delay, LONGEST_DELAY_MS)
+
+
+def _described(error: BaseException | None) -> str:
+    """An error with its causes, outermost first."""
+    texts: list[str] = []
+    while error is not None:
+        text = str(error.description if isinstance(error, dg.Failure) else error)
+        texts.append(text if isinstance(error, dg.Failure) else f"{type(error).__name__}: {text}")
+        error = error.__cause__
+    return "; ".join(dict.fromkeys(texts))[:_LAST_FOR_ERROR]

@@ -1,0 +1,185 @@
+"""Failed deliveries: repeated when that may help, kept in recovery with their error, delivered by whoever repairs the cause."""
+
+import dagster as dg
+import pytest
+from dagster._core.test_utils import create_run_for_test
+
+from d2p_pipeline.buffer.protocol import Batch, Seal, Totals
+from d2p_pipeline.orchestration import sensor
+from d2p_pipeline.orchestration.failures import is_permanent
+from d2p_pipeline.orchestration.recovery import recovery, recovery_sensor
+from d2p_pipeline_tests.pipeline import Pipeline, line
+
+
+def fail(pipeline: Pipeline, *keys: str) -> list[Batch]:
+    """Batches whose flush failed because of what lies in their way."""
+    pipeline.root.mkdir(exist_ok=True)
+    for key in keys:
+        block(pipeline, key)
+        pipeline.receive([line(key, f"from {key}")], name=f"push {key}")
+        [batch] = pipeline.buffer.seal([Seal(key, f"B-{key}", "age")])
+        assert not pipeline.flush(batch.ref).success
+    return list(pipeline.buffer.recovering())
+
+
+def block(pipeline: Pipeline, key: str) -> None:
+    (pipeline.root / f"capability={key}").write_text("in the way")
+
+
+def repair(pipeline: Pipeline, *keys: str) -> None:
+    for key in keys:
+        (pipeline.root / f"capability={key}").unlink()
+
+
+def recover(pipeline: Pipeline, *batches: Batch) -> dg.ExecuteInProcessResult:
+    from d2p_pipeline.definitions import defs
+
+    ids = sorted(batch.id for batch in batches)
+    job = defs.resolve_job_def("recover")
+    if len(ids) == 1:
+        return job.execute_in_process(instance=pipeline.instance, partition_key=ids[0], raise_on_error=False)
+    tags = {"dagster/asset_partition_range_start": ids[0], "dagster/asset_partition_range_end": ids[-1]}
+    return job.execute_in_process(instance=pipeline.instance, tags=tags, raise_on_error=False)
+
+
+def tick(pipeline: Pipeline) -> list[dg.RunRequest]:
+    """Evaluate the sensor, and apply the partition changes as the daemon does."""
+    result = recovery_sensor(dg.build_sensor_context(instance=pipeline.instance))
+    if not isinstance(result, dg.SensorResult):
+        return []
+    for request in result.dynamic_partitions_requests or []:
+        if isinstance(request, dg.AddDynamicPartitionsRequest):
+            pipeline.instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
+        else:
+            for partition in request.partition_keys:
+                pipeline.instance.delete_dynamic_partition(request.partitions_def_name, partition)
+    return list(result.run_requests or [])
+
+
+def partitions(pipeline: Pipeline) -> list[str]:
+    return sorted(pipeline.instance.get_dynamic_partitions("recovery"))
+
+
+def test_a_failed_batch_is_delivered_from_recovery_after_the_repair(pipeline: Pipeline) -> None:
+    [batch] = fail(pipeline, "a")
+    assert partitions(pipeline) == ["B-a"]
+    assert not recover(pipeline, batch).success
+    assert [found.failures for found in pipeline.buffer.recovering()] == [2]
+    pipeline.receive([line("a", "meanwhile")], name="meanwhile")
+    repair(pipeline, "a")
+    assert recover(pipeline, batch).success
+    assert pipeline.messages() == ["from a"]
+    assert pipeline.flush().success
+    assert pipeline.messages() == ["from a", "meanwhile"]
+    assert dict(pipeline.buffer.totals()) == {"a": Totals(2, 2, 0)}
+    tick(pipeline)
+    assert partitions(pipeline) == []
+
+
+def test_a_backfill_delivers_what_it_can_and_keeps_the_rest(pipeline: Pipeline) -> None:
+    batches = fail(pipeline, "a", "b", "c")
+    repair(pipeline, "a", "c")
+    result = recover(pipeline, *batches)
+    assert not result.success
+    assert pipeline.messages() == ["from a", "from c"]
+    [left] = pipeline.buffer.recovering()
+    assert (left.id, left.failures) == ("B-b", 2)
+    tick(pipeline)
+    assert partitions(pipeline) == ["B-b"]
+    repair(pipeline, "b")
+    assert recover(pipeline, left).success
+    assert pipeline.messages() == ["from a", "from b", "from c"]
+
+
+def test_a_partition_delivered_already_is_no_failure(pipeline: Pipeline) -> None:
+    [batch] = fail(pipeline, "a")
+    repair(pipeline, "a")
+    for _ in range(2):
+        assert recover(pipeline, batch).success
+    assert pipeline.messages() == ["from a"]
+    records = pipeline.instance.fetch_materializations(recovery.key, limit=10).records
+    assert len(records) == 2
+
+
+def test_what_recovers_by_itself_is_asked_for_later_and_later_and_then_waits_for_a_person(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_RECOVERY_DELAY", "0.001")
+    monkeypatch.setenv("D2P_RECOVERY_ATTEMPTS", "2")
+    sensor.parts.cache_clear()
+    [batch] = fail(pipeline, "a")
+    run_keys: list[str | None] = []
+    while len(run_keys) < 2:
+        for request in tick(pipeline):
+            assert request.partition_key == batch.id
+            run_keys.append(request.run_key)
+            assert not recover(pipeline, batch).success
+    assert len(set(run_keys)) == 2
+    assert list(pipeline.buffer.recovering(pipeline.buffer.now() + 10**9)) == []
+    assert [found.failures for found in pipeline.buffer.recovering()] == [3]
+
+
+def test_nothing_recovers_by_itself_where_that_is_switched_off(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_TRY_AUTO_RECOVER", "false")
+    fail(pipeline, "a")
+    assert tick(pipeline) == []
+    assert list(pipeline.buffer.recovering(pipeline.buffer.now() + 10**9)) == []
+
+
+def test_partitions_follow_what_is_in_recovery(pipeline: Pipeline) -> None:
+    [batch] = fail(pipeline, "a")
+    pipeline.instance.delete_dynamic_partition("recovery", batch.id)  # Dagster's storage was lost
+    tick(pipeline)
+    assert partitions(pipeline) == [batch.id]
+    repair(pipeline, "a")
+    assert recover(pipeline, batch).success
+    run = create_run_for_test(
+        pipeline.instance, job_name="recover", status=dg.DagsterRunStatus.STARTED, tags={"dagster/partition": batch.id}
+    )
+    tick(pipeline)
+    assert partitions(pipeline) == [batch.id]  # a run would fail if its partition went
+    pipeline.instance.delete_run(run.run_id)
+    tick(pipeline)
+    assert partitions(pipeline) == []
+
+
+def test_an_error_that_lasts_is_not_repeated_within_the_run(pipeline: Pipeline) -> None:
+    pipeline.root.mkdir()
+    block(pipeline, "a")
+    pipeline.receive([line("a")])
+    result = pipeline.flush()
+    assert not result.success
+    assert not [event for event in result.all_events if event.event_type_value == "STEP_RESTARTED"]
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (PermissionError(13, "denied"), True),
+        (NotADirectoryError(20, "no directory"), True),
+        (OSError(30, "read-only file system"), True),
+        (OSError(28, "no space left on device"), False),
+        (OSError(5, "input/output error"), False),
+        (TimeoutError(110, "timed out"), False),
+    ],
+)
+def test_errors_that_last_are_told_from_those_that_may_pass(error: OSError, lasts: bool) -> None:
+    assert is_permanent(error) is lasts
+
+
+def test_many_batches_in_recovery_are_requested_in_bounded_numbers(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_RECOVERY_DELAY", "0.001")
+    sensor.parts.cache_clear()
+    for number in range(60):
+        pipeline.receive([line(f"k{number}")], name=str(number))
+        [batch] = pipeline.buffer.seal([Seal(f"k{number}", f"B{number:03}", "age")])
+        claim = pipeline.buffer.claim(batch.ref, "run", 60_000)
+        assert claim
+        pipeline.buffer.fail(claim, "disk full")
+        pipeline.buffer.retry_at(batch.ref, 1)
+    assert len(tick(pipeline)) == 50
+    assert len(partitions(pipeline)) == 60
