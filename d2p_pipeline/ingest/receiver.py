@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SHOWN_ERRORS = 20
 """Reasons listed in the answer to a batch."""
+DISCARDED_BODIES = 4
+"""How many times `max_body_bytes` of a body too large is read and thrown away before the connection is cut."""
 UNKNOWN_KEY = "undefined"
 """Where the dead letters of records go whose key nobody can tell."""
 
@@ -125,15 +127,22 @@ class Receiver:
         if encoding != "identity":
             raise HttpError(415, f"Content-Encoding {encoding} is not supported; send the body as it is")
         length = scope.headers.get("content-length")
-        if length is not None:
-            if int(length) > self._max_body_bytes:
-                raise self._too_large()
+        if length is not None and int(length) <= self._max_body_bytes:
             return await protocol()
+        if length is not None and int(length) > DISCARDED_BODIES * self._max_body_bytes:
+            raise self._too_large()
         body = bytearray()
+        discarded = 0
         async for part in protocol:
-            body += part
-            if len(body) > self._max_body_bytes:
-                raise self._too_large()
+            if len(body) + len(part) <= self._max_body_bytes and not discarded:
+                body += part
+                continue
+            # Most clients read the answer only when they have sent everything: take in what is not absurd.
+            discarded += len(part)
+            if discarded > DISCARDED_BODIES * self._max_body_bytes:
+                break
+        if discarded:
+            raise self._too_large()
         return bytes(body)
 
     def _too_large(self) -> HttpError:

@@ -157,16 +157,45 @@ def test_two_instances_on_one_redis_that_restarts_deliver_everything_once(start:
     redis.stop()
 
 
-def test_a_run_that_failed_is_asked_for_again_until_it_can_write(start: Start) -> None:
-    system = start(redis_lock_ttl="2").wait()
-    blocked = system.root / "capability=payments"
+def block(system: System, key: str) -> Path:
+    """Puts a file where the key's directory should be."""
+    blocked = system.root / f"capability={key}"
     blocked.parent.mkdir(parents=True, exist_ok=True)
-    blocked.write_text("in the way")  # the run fails, and is asked for again
-    system.post(line("payments", "once"))
-    failed = "{runsOrError(filter: {statuses: [FAILURE]}) {... on Runs {results {runId}}}}"
-    until(lambda: system.graphql(failed)["runsOrError"]["results"])
+    blocked.write_text("in the way")
+    return blocked
+
+
+def partitions_in_recovery(system: System) -> list[str]:
+    query = '{assetNodes(assetKeys: {path: "recovery"}) {partitionKeys}}'
+    [node] = system.graphql(query)["assetNodes"]
+    return node["partitionKeys"]
+
+
+def test_a_failed_delivery_is_repaired_by_a_backfill(start: Start) -> None:
+    system = start(try_auto_recover="false", flush_interval="1").wait()
+    blocked = block(system, "payments")
+    system.post(line("payments", "first"), line("orders", "beside"))
+    until(lambda: partitions_in_recovery(system))
+    system.post(line("payments", "meanwhile"))
+    until(lambda: len(partitions_in_recovery(system)) == 2)
     blocked.unlink()
-    until(lambda: system.messages() == ["once"], seconds=100)
+    backfill = """mutation {launchPartitionBackfill(backfillParams: {
+        assetSelection: [{path: "recovery"}], partitionNames: [%s], fromFailure: false, title: "repaired"
+    }) {__typename ... on LaunchBackfillSuccess {backfillId} ... on PythonError {message}}}"""
+    names = ", ".join(f'"{name}"' for name in partitions_in_recovery(system))
+    answer = system.graphql(backfill % names)["launchPartitionBackfill"]
+    assert answer["__typename"] == "LaunchBackfillSuccess", answer
+    until(lambda: system.messages() == ["beside", "first", "meanwhile"])
+    until(lambda: partitions_in_recovery(system) == [])
+
+
+def test_a_failed_delivery_heals_by_itself_when_its_cause_goes(start: Start) -> None:
+    system = start(redis_lock_ttl="2", recovery_delay="1", flush_interval="1").wait()
+    blocked = block(system, "payments")
+    system.post(line("payments", "once"))
+    until(lambda: partitions_in_recovery(system))
+    blocked.unlink()
+    until(lambda: system.messages() == ["once"])
 
 
 def test_demo_balances_its_books(tmp_path: Path) -> None:
