@@ -1,38 +1,31 @@
 """Files in a bucket, over the wire: what is written, with which credentials, and how it is read back."""
 
 import io
-import logging
-import os
-import pickle
 import subprocess
 import sys
 import textwrap
-import traceback
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import duckdb
 import polars as pl
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2p_pipeline.parquet.errors import PermanentStoreError, StoreError, TransientStoreError
-from d2p_pipeline.parquet.s3 import Bucket, Role, S3Store
-from d2p_pipeline_tests.fixtures.s3 import ACCESS_KEY, REGION, SECRET_KEY, Fault, Proxy, Service
+from d2p_pipeline.parquet.s3 import Bucket, S3Store
+from d2p_pipeline_tests.fixtures.s3 import REGION, Proxy, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_proxy as s3_proxy
 from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
 
 pytestmark = pytest.mark.usefixtures("aws_environment")
 
-ROLE = "arn:aws:iam::123456789012:role/writer"
 MIB = 2**20
+LARGEST = 300 * MIB
 PART = 5 * MIB  # the smallest that S3 takes
 LARGE = bytes(range(256)) * (PART // 256) + b"the second part"
 
@@ -42,8 +35,13 @@ def bucket(s3_service: Service, s3_proxy: Proxy) -> Bucket:
     return Bucket(s3_service.bucket(), region=REGION, endpoint=s3_proxy.url, path_style=True)
 
 
-def open_store(bucket: Bucket, *, attempts: int = 1, timeout: float = 20.0) -> S3Store:
-    return S3Store(bucket, attempts=attempts, timeout=timeout, part_bytes=PART)
+def open_store(bucket: Bucket) -> S3Store:
+    return S3Store(bucket, attempts=1, part_bytes=PART)
+
+
+@pytest.fixture
+def store(bucket: Bucket) -> S3Store:
+    return open_store(bucket)
 
 
 def parquet(rows: int = 3) -> bytes:
@@ -83,9 +81,7 @@ def test_a_file_written_again_replaces_itself(s3_service: Service, bucket: Bucke
 
 
 @pytest.mark.parametrize("data", [b"small", LARGE])
-def test_an_object_carries_encryption_class_tags_and_metadata(
-    s3_service: Service, bucket: Bucket, data: bytes
-) -> None:
+def test_an_object_carries_encryption_class_tags_and_metadata(s3_service: Service, bucket: Bucket, data: bytes) -> None:
     key_id = "arn:aws:kms:eu-central-1:123456789012:key/0"
     dressed = replace(
         bucket,
@@ -125,20 +121,13 @@ plain_names = names.filter(lambda name: name.strip(".") != "" and name[0] not in
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(directory=plain_names, name=plain_names)
-def test_any_name_comes_back_as_it_was(s3_service: Service, bucket: Bucket, directory: str, name: str) -> None:
+def test_any_name_comes_back_as_it_was(
+    s3_service: Service, bucket: Bucket, store: S3Store, directory: str, name: str
+) -> None:
     key = f"{directory}/{name}.parquet"
-    store = open_store_once(bucket)
     store.write(key, key.encode())
     assert s3_service.content(bucket.name, key) == key.encode()
     assert f"s3://{bucket.name}/{key}" in store.scan(directory)
-
-
-_stores: dict[str, S3Store] = {}
-
-
-def open_store_once(bucket: Bucket) -> S3Store:
-    """Opening costs more than an example."""
-    return _stores.setdefault(bucket.name, open_store(bucket))
 
 
 @pytest.mark.parametrize("value", ["a b", "a+b", "50%", "a%2Fb", "😀é", "x=y", "a&b;c'd", "[1]*?"])
@@ -148,7 +137,7 @@ def test_polars_and_pyarrow_read_what_was_written(bucket: Bucket, value: str) ->
     [url] = store.scan(f"capability={value}")
     frame = pl.scan_parquet([url], glob=False, storage_options=store.storage_options()).collect()
     assert frame["x"].to_list() == [0, 1, 2]
-    table = pq.read_table(url.removeprefix("s3://"), filesystem=arrow_filesystem(store), partitioning=None)
+    table = pq.read_table(url.removeprefix("s3://"), filesystem=arrow_filesystem(store))
     assert table.num_rows == 3
 
 
@@ -158,8 +147,9 @@ def test_duckdb_reads_what_was_written(bucket: Bucket) -> None:
     for part in range(3):
         store.write(f"capability=a/{part}.parquet", parquet())
     files = [url.removeprefix("s3://") for url in store.scan()]
-    dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(store))  # noqa: F841 (DuckDB finds it by name)
-    assert duckdb.sql("SELECT count(*), sum(x) FROM dataset").fetchall() == [(9, 9)]
+    connection = duckdb.connect()
+    connection.register("files", pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(store)))
+    assert connection.execute("SELECT count(*), sum(x) FROM files").fetchall() == [(9, 9)]
 
 
 def arrow_filesystem(store: S3Store) -> pyarrow.fs.S3FileSystem:
@@ -190,3 +180,34 @@ def test_a_scan_finds_the_files_of_one_directory_on_any_number_of_pages(
     assert len(s3_proxy.of("ListObjectsV2")) == 3
     assert len(store.scan()) == 13
     assert store.scan("capability=none") == []
+
+
+# --- what it costs
+
+
+def test_memory_stays_within_the_buffers_of_the_connections_however_large_the_file(bucket: Bucket) -> None:
+    """The process that uploads has the content once, where it made it."""
+    upload = f"""
+        import resource
+        from d2p_pipeline.parquet.s3 import Bucket, S3Store
+
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+        store = S3Store(Bucket({bucket.name!r}, endpoint={bucket.endpoint!r}, path_style=True))
+        store.write("small.parquet", b"small")
+        data = bytearray(range(256)) * ({LARGEST} // 256)
+        before = peak()
+        store.write("large.parquet", data)
+        print(before, peak() - before)
+    """
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(upload)], check=True, capture_output=True, text=True)
+    before, more = map(int, ran.stdout.split())
+    assert before > LARGEST // MIB  # in MiB: the content was there when the measurement began
+    assert more < 24
+
+
+def test_botocore_is_not_imported_before_files_go_to_s3() -> None:
+    names = "import sys, d2p_pipeline.wiring, d2p_pipeline.parquet.store; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", names], check=True, capture_output=True, text=True)
+    assert not {"boto3", "botocore"} & set(ran.stdout.split())

@@ -89,9 +89,7 @@ def test_a_permanent_fault_is_not_tried_again(s3_proxy: Proxy, bucket: Bucket) -
     assert s3_proxy.operations() == ["PutObject"]
 
 
-def test_a_retry_removes_what_a_killed_process_left_of_the_same_file_alone(
-    s3_service: Service, bucket: Bucket
-) -> None:
+def test_a_retry_removes_what_a_killed_process_left_of_the_same_file_alone(s3_service: Service, bucket: Bucket) -> None:
     for key in ("x.parquet", "x.parquet", "x.parquet.other", "y.parquet"):
         s3_service.client.create_multipart_upload(Bucket=bucket.name, Key=key)
     open_store(bucket).write("x.parquet", LARGE)
