@@ -175,8 +175,20 @@ Port = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=65535)]
 RedisName = Annotated[str, _matching(r"[A-Za-z0-9_.:-]+", "letters, digits and _ . : -")]
 RedisHost = Annotated[str, _matching(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:\d{1,5})?", "host:port")]
 HttpUrl = Annotated[str, _matching(r"https?://[^\s/]\S*", "a URL that begins with http:// or https://")]
+S3Endpoint = Annotated[
+    str, _matching(r"https?://[^\s/@]+(/\S*)?", "a URL that begins with http:// or https://, without user")
+]
 Bucket = Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", "a bucket's name, without s3:// and path")]
 RoleArn = Annotated[str, _matching(r"arn:[^:\s]+:iam::[^:\s]*:role/\S+", "arn:aws:iam::ACCOUNT:role/NAME")]
+ExternalId = Annotated[str, _matching(r"[\w+=,.@:/-]{2,1224}", "letters, digits and + = , . @ : / - (2 at least)")]
+SessionName = Annotated[str, _matching(r"[\w+=,.@-]{2,64}", "2 to 64 letters, digits and + = , . @ -")]
+StorageClass = Annotated[str, _matching(r"[A-Z][A-Z0-9_-]*", "a storage class in capitals, such as STANDARD_IA")]
+CannedAcl = Annotated[str, _matching(r"[a-z]+(-[a-z]+)*", "a canned ACL, such as bucket-owner-full-control")]
+Tags = Annotated[
+    tuple[Annotated[str, _matching(r"[\w .:/+@-]{1,128}=[\w .:/=+@-]{0,256}", "name=value")], ...],
+    BeforeValidator(_split_at(r"\s*,\s*")),
+    Field(max_length=10),
+]
 Function = Annotated[str, _matching(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", "a Python function, as module:function")]
 KeyFields = Annotated[tuple[str, ...], BeforeValidator(_split_at(r"[,\s]+")), AfterValidator(_not_empty)]
 Tokens = Annotated[
@@ -332,14 +344,39 @@ class Settings(BaseSettings):
 
     s3_bucket_name: Bucket | None = None
     """Bucket; required when `writer_type` is `aws-s3`."""
+    s3_prefix: str = ""
+    """Start of the key of every object."""
     s3_region: str | None = None
     """Region of the bucket; required when `writer_type` is `aws-s3`, unless `s3_endpoint` is given."""
-    s3_endpoint: HttpUrl | None = None
+    s3_endpoint: S3Endpoint | None = None
     """URL of another S3 service than that of AWS."""
+    s3_path_style: bool = Field(
+        default_factory=lambda data: data.get("s3_endpoint") is not None,
+        json_schema_extra={"default": "true with `s3_endpoint`"},
+    )
+    """The bucket's name is part of the path, not of the host."""
+    s3_create_bucket: bool = False
+    """Create the bucket if there is none."""
     s3_role_arn: RoleArn | None = None
     """Role to assume; without it the credentials of the environment are used."""
-    s3_sts_endpoint: HttpUrl | None = None
+    s3_external_id: ExternalId | None = None
+    """External id that the role's trust policy asks for."""
+    s3_session_name: SessionName = "d2p"
+    """Name of the role's sessions, as audit logs show it."""
+    s3_sts_endpoint: S3Endpoint | None = None
     """URL of another STS service than that of AWS."""
+    s3_encryption: Annotated[Literal["none", "sse-s3", "sse-kms"], BeforeValidator(_lower)] = "none"
+    """Encryption asked for with every object; `none`: whatever the bucket does by default."""
+    s3_kms_key_id: str | None = None
+    """Key of `sse-kms`, as id, ARN or alias; without it that of AWS for S3."""
+    s3_storage_class: StorageClass | None = None
+    """Storage class of every object, such as `STANDARD_IA`."""
+    s3_acl: CannedAcl | None = None
+    """Canned ACL of every object, such as `bucket-owner-full-control`; buckets with ACLs switched off refuse any."""
+    s3_tags: Tags = ()
+    """Tags of every object, as `name=value`, at most 10; comma between them."""
+    s3_timeout: Seconds = 60.0
+    """Longest silence of the S3 or STS service before a request is tried again, in seconds."""
 
     address: Annotated[str, _matching(r"\S+", "an address or a host name")] = "127.0.0.1"
     """Address to listen on; beyond loopback only with `tokens` or `allow_remote_without_token`."""
@@ -681,6 +718,11 @@ def _s3_conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
     if settings.s3_region is None and settings.s3_endpoint is None:
         problem = Problem("s3_region", None, "is required when writer_type is aws-s3 and s3_endpoint is not given")
         yield {"writer_type", "s3_region", "s3_endpoint"}, problem
+    if settings.s3_kms_key_id is not None and settings.s3_encryption != "sse-kms":
+        problem = Problem("s3_kms_key_id", None, "needs s3_encryption = sse-kms")
+        yield {"s3_kms_key_id", "s3_encryption"}, problem
+    if settings.s3_external_id is not None and settings.s3_role_arn is None:
+        yield {"s3_external_id", "s3_role_arn"}, Problem("s3_external_id", None, "needs s3_role_arn")
 
 
 def _is_loopback(address: str) -> bool:

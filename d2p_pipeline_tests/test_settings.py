@@ -163,10 +163,21 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "partition_time": st.sampled_from(["event", "ingest"]),
     "use_hash": st.booleans(),
     "s3_bucket_name": st.just("data2parquet"),
+    "s3_prefix": path,
     "s3_region": word,
     "s3_endpoint": url,
+    "s3_path_style": st.booleans(),
+    "s3_create_bucket": st.booleans(),
     "s3_role_arn": st.just("arn:aws:iam::localstack:role/localhost:4566"),
+    "s3_external_id": st.sampled_from(["id", "a/b:c=d"]),
+    "s3_session_name": st.sampled_from(["d2p", "writer@host"]),
     "s3_sts_endpoint": url,
+    "s3_encryption": st.sampled_from(["none", "sse-s3", "sse-kms", "SSE-S3"]),
+    "s3_kms_key_id": st.sampled_from(["alias/d2p", "arn:aws:kms:eu-central-1:123456789012:key/0"]),
+    "s3_storage_class": st.sampled_from(["STANDARD_IA", "GLACIER_IR"]),
+    "s3_acl": st.sampled_from(["private", "bucket-owner-full-control"]),
+    "s3_tags": st.lists(st.sampled_from(["team=a b", "cost=1+2=3", "empty="]), min_size=1, max_size=3),
+    "s3_timeout": seconds,
     "address": st.sampled_from(["127.0.0.1", "localhost", "::1", "0.0.0.0", "receiver.example"]),
     "port": st.integers(1, 65535),
     "workers": whole,
@@ -188,6 +199,7 @@ def valid_settings(draw: DrawFn) -> dict[str, Any]:
         "hmac_key": bool(chosen.get("use_hmac")),
         "s3_bucket_name": chosen.get("writer_type") == "aws-s3",
         "s3_region": chosen.get("writer_type") == "aws-s3",
+        "s3_role_arn": chosen.get("writer_type") == "aws-s3" and "s3_external_id" in chosen,
         "tokens": "address" in chosen,
         "tls_cert": "tls_key" in chosen,
         "tls_key": "tls_cert" in chosen,
@@ -195,6 +207,8 @@ def valid_settings(draw: DrawFn) -> dict[str, Any]:
     for name, is_needed in needed.items():
         if is_needed and name not in chosen:
             chosen[name] = draw(VALID[name])
+    if chosen.get("writer_type") == "aws-s3" and "s3_kms_key_id" in chosen:
+        chosen["s3_encryption"] = "sse-kms"
     return chosen
 
 
@@ -546,6 +560,24 @@ def test_listening_beyond_loopback_needs_a_token_or_consent() -> None:
     assert load(address="0.0.0.0", tokens="t").address == "0.0.0.0"
     assert load(address="0.0.0.0", allow_remote_without_token=True).address == "0.0.0.0"
     assert [load(address=local).tokens for local in ("127.0.0.2", "::1", "[::1]", "localhost")] == [()] * 4
+
+
+def test_s3_settings_that_need_each_other_say_so() -> None:
+    bucket: dict[str, Any] = {"writer_type": "aws-s3", "s3_bucket_name": "b-1", "s3_region": "eu-central-1"}
+    assert set(problems(lambda: load(**bucket, s3_kms_key_id="alias/k", s3_external_id="id"))) == {
+        "s3_kms_key_id",
+        "s3_external_id",
+    }
+
+
+def test_another_s3_service_is_addressed_by_path_unless_told_otherwise() -> None:
+    assert not load().s3_path_style
+    assert load(s3_endpoint="http://minio:9000").s3_path_style
+    assert not load(s3_endpoint="https://oss.example", s3_path_style=False).s3_path_style
+
+
+def test_a_password_in_an_s3_url_is_refused_and_not_shown() -> None:
+    assert "hunter2" not in problems(lambda: load(s3_endpoint="http://u:hunter2@minio"))["s3_endpoint"]
 
 
 def test_a_bucket_and_its_place_are_needed_for_s3() -> None:
