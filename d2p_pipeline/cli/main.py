@@ -9,6 +9,7 @@ import typer
 
 from d2p_pipeline import __version__
 from d2p_pipeline.cli.config import config
+from d2p_pipeline.cli.convert import convert
 from d2p_pipeline.cli.demo import demo
 from d2p_pipeline.cli.generate import generate
 from d2p_pipeline.cli.receive import receive
@@ -29,7 +30,7 @@ def root(version: bool = typer.Option(False, "--version", callback=_version, is_
     del version
 
 
-for command in (up, demo, receive, generate, status, config):
+for command in (up, demo, receive, convert, generate, status, config):
     app.command()(command)
 
 

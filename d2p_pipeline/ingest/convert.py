@@ -1,0 +1,465 @@
+"""Files and standard input become Parquet, on all cores, without Redis and Dagster.
+
+    cut       this process reads the inputs and cuts them into blocks (documents.py)
+    name      a block's batch id is the hash of its content, its unit how many equal blocks came before it in this run
+    convert   worker processes parse, validate, encode and write, with the same functions as a Dagster run
+
+Blocks never span inputs, and names come from content, so that converting an input again, alone or among others, overwrites
+its own files. A worker has one block at a time and nothing else is queued: memory is `memory_needed`, for inputs of any
+size. A worker that is told nothing more, whatever became of this process, ends after its block: no file is left partial.
+"""
+
+import contextlib
+import io
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import chain, islice
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import xxhash
+
+from d2p_pipeline import __version__
+from d2p_pipeline.ingest.documents import ZSTD_MAGICS, Block, Break, Content, ForeignError, Readable, blocks, too_long
+
+# What parses and encodes is imported where blocks are converted: its import costs more than a small input.
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from d2p_pipeline.parquet.encode import Encoding
+    from d2p_pipeline.parquet.store import Store
+    from d2p_pipeline.records.rules import Rules
+
+STDIN = "-"
+DEAD_LETTERS = "_dead_letters"
+"""Directory for dead letters below the root; readers of Parquet pass over names that begin with `_`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How blocks are converted. Goes to the workers."""
+
+    rules: "Rules"
+    encoding: "Encoding"
+    store: "Store"
+    by_ingest_time: bool = False
+    """Rows lie in the hour their input was last modified, or was read if it is no file; else in that of their `time`."""
+    use_hash: bool = False
+    keep_dead_letters: bool = True
+    max_record_bytes: int = 16 << 20
+
+
+@dataclass
+class Summary:
+    """What became of the inputs. records = rows + dead letters; bytes_in are counted after decompression."""
+
+    inputs: int = 0
+    empty: int = 0
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    """Inputs that could not be read, or not to their end, and why."""
+    stopped: str | None = None
+    """Why the run ended before its inputs did."""
+    records: int = 0
+    rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter[str])
+    """Dead letters by reason, without the values that differ from record to record."""
+    files: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+
+    @property
+    def dead_letters(self) -> int:
+        return self.reasons.total()
+
+
+def convert(
+    names: Sequence[str],
+    plan: Plan,
+    *,
+    jobs: int = 1,
+    block_bytes: int = 16 << 20,
+    on_progress: Callable[[int], None] = lambda taken: None,
+) -> Summary:
+    """Convert the named inputs (`-` is standard input). `on_progress` is told how many more bytes of them are done.
+
+    What is wrong with an input is in the summary, and so is what ended the run early; the files of the others are there.
+    """
+    summary = Summary(inputs=len(names))
+    began = time.monotonic()
+    tasks = _tasks(names, plan, block_bytes, summary, ranges=jobs > 1)
+    try:
+        with contextlib.closing(_results(tasks, plan, jobs)) as results:
+            for task, result in results:
+                _account(summary, task, result)
+                on_progress(task.taken)
+    except WorkerDiedError as error:
+        summary.stopped = str(error)
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+def block_for(memory_limit: int) -> int:
+    """Bytes of a block. They depend on the limit alone: so do the files, whatever the number of jobs."""
+    return min(max(memory_limit // 64, 1 << 20), 64 << 20)
+
+
+def memory_needed(jobs: int, block_bytes: int) -> int:
+    """Bytes that this process and `jobs` workers take at most, where no record is longer than a block. Measured."""
+    return (100 << 20) + 4 * block_bytes + jobs * ((72 << 20) + 6 * block_bytes)
+
+
+class WorkerDiedError(Exception):
+    """A worker ended that should not have: killed, or by an error that it printed."""
+
+    def __init__(self, name: str, status: int) -> None:
+        cause = f"signal {-status}, perhaps for want of memory" if status < 0 else f"exit code {status}"
+        super().__init__(f"the worker that converted a part of {name} ended with {cause}")
+
+
+class _ChangedError(Exception):
+    """An input is not what it was a moment ago."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A block to convert. Its text, `size` bytes, lies at `offset` of the input's file, or is handed over beside the task.
+
+    `received_at` is in ms since the epoch; `taken` are the bytes of the input it was made of, compressed ones maybe.
+    """
+
+    name: str
+    offset: int | None
+    size: int
+    breaks: tuple[Break, ...]
+    digest: str
+    unit: int
+    received_at: int
+    taken: int
+
+    @property
+    def batch(self) -> str:
+        # The letter tells it from the ids of sealed batches, which begin with a digit.
+        return f"x{self.digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of a block."""
+
+    records: int
+    rows: int
+    reasons: Counter[str]
+    files: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why nothing became of a block. `fatal`: nor would anything become of the others."""
+
+    reason: str
+    fatal: bool
+
+
+_Text = bytes | memoryview
+_Work = tuple[_Task, _Text]
+_Result = tuple[_Task, _Outcome | _Failure]
+
+
+def _account(summary: Summary, task: _Task, result: _Outcome | _Failure) -> None:
+    if isinstance(result, _Outcome):
+        summary.records += result.records
+        summary.rows += result.rows
+        for reason, count in result.reasons.items():
+            known = reason in summary.reasons or len(summary.reasons) < _MOST_REASONS
+            summary.reasons[reason if known else "other reasons"] += count
+        summary.files += result.files
+        summary.bytes_in += task.size
+        summary.bytes_out += result.size
+    elif result.fatal:
+        summary.stopped = summary.stopped or result.reason
+    else:
+        summary.failed.setdefault(task.name, result.reason)
+
+
+# Different reasons that are counted; were they endless, so would be the memory.
+_MOST_REASONS = 1000
+
+
+# --- cutting
+
+
+def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary, *, ranges: bool) -> Iterator[_Work]:
+    """Every block of every input, in order; without its text where `ranges` is set and the range tells enough."""
+    seen: Counter[str] = Counter()
+    for name in names:
+        try:
+            with _opened(name) as file:
+                content = Content(file)
+                status = os.fstat(file.fileno())
+                is_file = stat.S_ISREG(status.st_mode)
+                received_at = status.st_mtime_ns // 1_000_000 if is_file else time.time_ns() // 1_000_000
+                taken = 0
+                for block in blocks(content, block_bytes, plan.max_record_bytes):
+                    digest = _digest(block)
+                    by_range = ranges and is_file and not content.compressed and block.offset is not None
+                    task = _Task(
+                        name=name,
+                        offset=block.offset if by_range else None,
+                        size=len(block.text),
+                        breaks=block.breaks,
+                        digest=digest,
+                        unit=seen[digest],
+                        received_at=received_at,
+                        taken=content.taken - taken,
+                    )
+                    seen[digest] += 1
+                    taken = content.taken
+                    yield task, b"" if by_range else block.text
+                    if summary.stopped:
+                        return
+                summary.empty += content.offset == 0
+                if content.damage:
+                    summary.failed[name] = content.damage
+        except ForeignError as error:
+            summary.failed[name] = str(error)
+        except OSError as error:
+            summary.failed[name] = f"it cannot be read: {error.strerror}"
+
+
+def _opened(name: str) -> contextlib.AbstractContextManager[Readable]:
+    if name == STDIN:
+        return contextlib.nullcontext(io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False)))
+    return Path(name).open("rb", buffering=0)
+
+
+def _digest(block: Block) -> str:
+    content = xxhash.xxh3_128(block.text)
+    for broken in block.breaks:
+        content.update(broken.raw)
+    return content.hexdigest()
+
+
+# --- handing out
+
+
+def _results(tasks: Iterator[_Work], plan: Plan, jobs: int) -> Generator[_Result]:
+    """The result of every task, as they come; in this process if there is one job or one task only."""
+    first = list(islice(tasks, 2 if jobs > 1 else 0))
+    if len(first) < 2:
+        for task, text in chain(first, tasks):
+            yield task, _attempt(task, text, plan)
+        return
+    workers: list[_Worker] = []
+    try:
+        for task, text in chain(first, tasks):
+            if len(workers) < jobs:
+                workers.append(worker := _Worker(plan))
+            else:
+                yield from _finished(workers)
+                worker = next(worker for worker in workers if not worker.task)
+            worker.start(task, text)
+        while any(worker.task for worker in workers):
+            yield from _finished(workers)
+    finally:
+        for worker in workers:
+            worker.connection.close()
+        for worker in workers:
+            worker.end()
+
+
+def _finished(workers: Sequence["_Worker"]) -> Iterator[_Result]:
+    """Wait until at least one worker has finished its block."""
+    busy = [worker for worker in workers if worker.task]
+    ready = wait([worker.connection for worker in busy])
+    for worker in busy:
+        if worker.connection in ready:
+            yield worker.finish()
+
+
+class _Worker:
+    """A process that converts one block at a time."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.connection, theirs = Pipe()
+        self.task: _Task | None = None
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"import {__name__} as convert; convert.work({theirs.fileno()})"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | _WORKER_ENVIRONMENT,
+            pass_fds=[theirs.fileno()],
+            # Not that of the terminal: Ctrl-C lets it end its block.
+            process_group=0,
+        )
+        theirs.close()
+        self._tell(plan)
+
+    def start(self, task: _Task, text: _Text) -> None:
+        """Hand it a block."""
+        self.task = task
+        self._tell(task, text if task.offset is None else None)
+
+    def finish(self) -> _Result:
+        """What became of its block, once its connection has something."""
+        if self.task is None:
+            raise RuntimeError("the worker has no block to finish")
+        try:
+            result = (self.task, self.connection.recv())
+        except (EOFError, ConnectionError):
+            raise WorkerDiedError(self.task.name, self._process.wait()) from None
+        self.task = None
+        return result
+
+    def end(self) -> None:
+        """Wait for the end of its block and of itself; its connection has to be closed before."""
+        self._process.wait()
+
+    def _tell(self, message: Plan | _Task, text: _Text | None = None) -> None:
+        # A worker that is gone is noticed where its result is waited for.
+        with contextlib.suppress(ConnectionError):
+            self.connection.send(message)
+            if text is not None:
+                self.connection.send_bytes(text)
+
+
+# Freed memory stays with the worker, for its next block; giving it back and getting it anew takes a tenth of the time.
+_WORKER_ENVIRONMENT = {
+    "POLARS_MAX_THREADS": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
+
+
+def work(descriptor: int) -> None:
+    """What a worker does, until nobody is there any more to tell it more. Errors that are no result end it."""
+    connection = Connection(descriptor)
+    with contextlib.suppress(EOFError, ConnectionError):
+        plan = connection.recv()
+        while True:
+            task = connection.recv()
+            text = connection.recv_bytes() if task.offset is None else b""
+            connection.send(_attempt(task, text, plan))
+
+
+# --- converting
+
+
+def _attempt(task: _Task, text: _Text, plan: Plan) -> _Outcome | _Failure:
+    try:
+        return _convert(task, text, plan)
+    except _ChangedError as error:
+        return _Failure(str(error), fatal=False)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _Failure(f"cannot write{where}: {error.strerror or error}", fatal=True)
+
+
+def _convert(task: _Task, text: _Text, plan: Plan) -> _Outcome:
+    from d2p_pipeline.parquet.encode import split
+    from d2p_pipeline.records.dead_letter import DeadLetter
+    from d2p_pipeline.records.parse import parse
+    from d2p_pipeline.records.validate import validate
+
+    def rejected(raw: bytes, reason: str, stage: Literal["parse", "validate"] = "parse") -> DeadLetter:
+        return DeadLetter(reason=reason, stage=stage, received_at=task.received_at, raw=raw, batch=task.batch)
+
+    lines, long = _within(bytes(text) if task.offset is None else _read(task), plan.max_record_bytes)
+    parsed = parse([_plain(lines)], plan.rules, task.received_at, task.batch)
+    verdict = validate(parsed.table, plan.rules)
+    letters = [
+        *(rejected(raw, too_long(len(raw), plan.max_record_bytes)) for raw in long),
+        *parsed.rejects,
+        *(rejected(parsed.raw(row), reason, "validate") for row, reason in verdict.bad),
+        *(rejected(broken.raw, broken.reason) for broken in task.breaks),
+    ]
+    records = parsed.lines + len(long) + len(task.breaks)
+    table = verdict.good
+    # The text is as large as the rows, and has served.
+    del lines, parsed, verdict
+    partitions = split(table, plan.rules, task.received_at if plan.by_ingest_time else None)
+    size = _write(task, partitions, [letter.to_json() for letter in letters], plan)
+    reasons = Counter(_kind(letter.reason) for letter in letters)
+    return _Outcome(records, table.num_rows, reasons, len(partitions), size)
+
+
+def _write(
+    task: _Task, partitions: Sequence[tuple[str, datetime, "pa.Table"]], letters: Sequence[bytes], plan: Plan
+) -> int:
+    """Make the block's files durable; returns the bytes of the Parquet files."""
+    from d2p_pipeline.parquet.encode import encode
+    from d2p_pipeline.parquet.layout import file_path
+    from d2p_pipeline.records.fields import SCHEMA_VERSION
+
+    size = 0
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        writes: list[Future[None]] = []
+        for key, hour, rows in partitions:
+            metadata = {
+                "d2p.batch": task.batch,
+                "d2p.unit": str(task.unit),
+                "d2p.key": key,
+                "d2p.schema_version": SCHEMA_VERSION,
+                "d2p.software": f"d2p-pipeline {__version__}",
+            }
+            data = encode(rows, plan.encoding, metadata)
+            path = file_path(key, hour, task.batch, task.unit, data if plan.use_hash else None)
+            writes.append(writers.submit(plan.store.write, path, data))
+            size += data.size
+        if letters and plan.keep_dead_letters:
+            path = f"{DEAD_LETTERS}/{task.batch}-{task.unit}.ndjson"
+            writes.append(writers.submit(plan.store.write, path, b"\n".join((*letters, b""))))
+    for write in writes:
+        write.result()
+    return size
+
+
+# Files written at a time by one worker: a file costs little but waiting for the disk, and disks wait for several at once.
+_WRITERS = 8
+
+
+def _read(task: _Task) -> bytes:
+    """The text of a block that lies in a file; the hash tells whether it is still what was cut."""
+    try:
+        with Path(task.name).open("rb", buffering=0) as file:
+            file.seek(task.offset or 0)
+            text = file.read(task.size)
+    except OSError as error:
+        raise _ChangedError(f"it cannot be read any more: {error.strerror}") from error
+    if xxhash.xxh3_128_hexdigest(text) != task.digest:
+        raise _ChangedError(f"it changed while it was converted, after byte {task.offset}")
+    return text
+
+
+def _within(text: bytes, limit: int) -> tuple[bytes, list[bytes]]:
+    """The lines of at most `limit` bytes, and the others."""
+    if len(text) <= limit:
+        return text, []
+    lines = text.split(b"\n")
+    long = [line for line in lines if len(line) > limit]
+    return b"\n".join(line for line in lines if len(line) <= limit) if long else text, long
+
+
+def _plain(text: bytes) -> bytes:
+    """Text that `parse` takes for nothing but text: a chunk that begins like zstd would be decompressed."""
+    return b"\n" + text if text.startswith(ZSTD_MAGICS) else text
+
+
+# What differs from record to record: values, places and sizes.
+_PARTICULAR = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?<=\bbyte )\d+|\b\d+(?= bytes)""")
+
+
+def _kind(reason: str) -> str:
+    return _PARTICULAR.sub("…", reason)
