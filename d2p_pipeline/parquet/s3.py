@@ -131,13 +131,16 @@ class S3Store:
             "aws_region": self._region,
             "aws_access_key_id": credentials.access_key,
             "aws_secret_access_key": credentials.secret_key,
-            "aws_virtual_hosted_style_request": "false" if self._bucket.path_style else "true",
         }
         if credentials.token:
             options["aws_session_token"] = credentials.token
         if self._bucket.endpoint:
-            options["aws_endpoint_url"] = self._bucket.endpoint
-            options["aws_allow_http"] = "true" if self._bucket.endpoint.startswith("http:") else "false"
+            scheme, _, host = self._bucket.endpoint.partition("://")
+            if not self._bucket.path_style:
+                host = f"{self._bucket.name}.{host}"
+                options["aws_virtual_hosted_style_request"] = "true"
+            options["aws_endpoint_url"] = f"{scheme}://{host}"
+            options["aws_allow_http"] = "true" if scheme == "http" else "false"
         return options
 
     def check(self) -> None:
@@ -289,7 +292,7 @@ def _connect(bucket: Bucket, timeout: float, attempts: int) -> tuple[Credentials
     config = Config(
         **network,
         **(checksums if bucket.endpoint else {}),
-        s3={"addressing_style": "path" if bucket.path_style else "virtual"},
+        s3={"addressing_style": "path" if bucket.path_style else "auto"},
     )
     client = session.create_client("s3", region_name=region, endpoint_url=bucket.endpoint, config=config)
     return credentials, region, client
@@ -434,10 +437,10 @@ def _unanswered(error: Exception, bucket: Bucket) -> tuple[type[StoreError], str
     match error:
         case boto.SSLError() if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return PermanentStoreError, "let AWS_CA_BUNDLE name the certificates to trust, or correct s3_endpoint"
-        case boto.HTTPClientError() | boto.ConnectionError() if bucket.endpoint:
-            return TransientStoreError, f"check that s3_endpoint {bucket.endpoint} can be reached if this stays"
         case boto.HTTPClientError() | boto.ConnectionError():
-            return TransientStoreError, "check s3_region and the network if this stays"
+            names = ["s3_endpoint"] if bucket.endpoint else ["s3_region"]
+            names += ["s3_sts_endpoint"] if bucket.role and bucket.role.sts_endpoint else []
+            return TransientStoreError, f"check {', '.join(names)} and the network if this stays"
         case boto.CredentialRetrievalError() | boto.MetadataRetrievalError():
             return TransientStoreError, "check what hands out the credentials if this stays"
         case (

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from typing import Any
 
 import duckdb
 import polars as pl
@@ -139,6 +140,20 @@ def test_polars_and_pyarrow_read_what_was_written(bucket: Bucket, value: str) ->
     assert frame["x"].to_list() == [0, 1, 2]
     table = pq.read_table(url.removeprefix("s3://"), filesystem=arrow_filesystem(store))
     assert table.num_rows == 3
+
+
+def test_readers_find_the_bucket_as_the_writer_does(bucket: Bucket) -> None:
+    def reach(**changed: Any) -> dict[str, str]:
+        options = S3Store(replace(bucket, **changed)).storage_options()
+        return {name: value for name, value in options.items() if "key" not in name}
+
+    assert reach(endpoint=None) == {"aws_region": REGION}
+    assert reach(endpoint="https://oss.example", path_style=False) == {
+        "aws_region": REGION,
+        "aws_endpoint_url": f"https://{bucket.name}.oss.example",
+        "aws_virtual_hosted_style_request": "true",
+        "aws_allow_http": "false",
+    }
 
 
 def test_duckdb_reads_what_was_written(bucket: Bucket) -> None:
