@@ -3,8 +3,8 @@
 
 Every line that is not blank is a row or a dead letter, and the rows keep the order of the lines. Two steps:
 
-1. Canonical text. Our own chunks claim to be canonical; of other chunks, blocks of lines are checked in bulk and, where
-   that fails, normalized line by line.
+1. Canonical text. Our own chunks claim to be canonical; large plain text is decoded first, and what its bytes do not prove
+   canonical goes line by line through the normalizer (bulk.py); small or odd text is checked, then decoded.
 2. Decoding by arrow-rs's JSON reader, whose flaws shape this module: it ignores unknown fields and reads some things
    that are no valid record (hence step 1), fails a whole block for one bad line (hence `_recover`), keeps both of two
    equal map keys (hence `_repeated_map_keys`), and takes the process down when the text it quotes in an error contains
@@ -22,10 +22,13 @@ from functools import cached_property
 
 import arro3.core
 import arro3.io
+import msgspec
 import polars as pl
 import pyarrow as pa
 
+from d2p_pipeline.records import bulk
 from d2p_pipeline.records import chunk as chunk_format
+from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
 from d2p_pipeline.records.fields import LOG_FIELDS, TimestampUnit, arrow_schema
 from d2p_pipeline.records.normalize import BYTE_ORDER_MARK, WHITESPACE, Normalizer
@@ -33,6 +36,9 @@ from d2p_pipeline.records.rules import Rules
 
 # Text decoded at once: enough that the cost per call does not show, little enough to repeat for one bad line.
 _BLOCK = 4 << 20
+# Plain text decoded before it is checked: enough that the accounting's cost per call does not show.
+_BULK = 8 << 20
+_WORTH = 64 << 10
 # Text checked at once: the checked objects of a block still fit into the processor's cache.
 _CHECKED = 64 << 10
 # Rows per Arrow batch; larger ones make the decoder slower.
@@ -125,8 +131,12 @@ class _Parser:
         self.rejects: list[DeadLetter] = []
         self.sources: list[_Source] = []
         self.lines = 0
+        self._rules = rules
         self._normalizer = Normalizer(rules)
         self._decode = _decoder(rules.timestamp_unit)
+        self._unit: TimestampUnit = rules.timestamp_unit
+        # A hidden field or a capability to fill in is nothing that the number of bytes tells.
+        self._in_bulk = not (rules.ignored_fields or rules.masked_fields or rules.default_capability)
         self._received_at = received_at
         self._batch = batch
         self._rows = 0
@@ -155,7 +165,7 @@ class _Parser:
             # Other producers often push one line per chunk: these are checked together.
             self._unchecked.append(text if text.endswith(b"\n") else text + b"\n")
             self._unchecked_size += len(text)
-            if self._unchecked_size >= _CHECKED:
+            if self._unchecked_size >= (_BULK if self._in_bulk else _CHECKED):
                 self._check()
 
     def finish(self) -> None:
@@ -168,8 +178,98 @@ class _Parser:
             self._check_text(text, self._received_at)
 
     def _check_text(self, text: bytes, received_at: int) -> None:
-        for part in _blocks(text):
-            self._push(self._checked(part, received_at))
+        for block in _blocks(text, _BULK):
+            if (
+                self._in_bulk
+                and len(block) >= _WORTH
+                and not _is_dangerous(block)
+                and self._decoded(block, received_at)
+            ):
+                continue
+            for part in _blocks(block, _CHECKED):
+                self._push(self._checked(part, received_at))
+
+    def _decoded(self, text: bytes, received_at: int) -> bool:
+        """Decode a block before it is checked; False when that cannot be done."""
+        lines, numbers = text.split(b"\n")[:-1], None
+        refused: dict[int, tuple[bytes, str]] = {}
+        try:
+            table, doubtful, untimed = bulk.decode(lines, self._unit)
+        except bulk.Undecided:
+            try:
+                lines, numbers, refused = self._screened(lines)
+                table, doubtful, untimed = bulk.decode(lines, self._unit)
+            except bulk.Undecided:
+                return False
+        mended: dict[int, bytes] = {}
+        dropped: set[int] = set()
+        repeated = _repeated_map_keys(table)
+        for row in sorted(doubtful | untimed | repeated):
+            line = lines[row]
+            try:
+                canonical = (
+                    self._normalizer.rewritten_line(line) if row in repeated else self._normalizer.canonical(line).line
+                )
+            except Rejected as error:
+                dropped.add(row)
+                refused[numbers[row] if numbers else row] = (line, error.reason)
+            else:
+                if row in untimed or canonical != line.strip(WHITESPACE):
+                    mended[row] = canonical
+        merged = self._merged(table, mended, dropped)
+        if merged is None:
+            return False
+        self._flush()
+        self.lines += table.num_rows + len(refused) - len(dropped)
+        for _, (line, reason) in sorted(refused.items()):
+            self._reject(reason, line, received_at)
+        kept = [line for row, line in enumerate(lines) if row not in dropped] if refused or numbers else None
+        if merged.num_rows:
+            self._source(merged.num_rows, text, kept)
+            self.tables.append(merged)
+        return True
+
+    def _screened(self, lines: list[bytes]) -> tuple[list[bytes], list[int], dict[int, tuple[bytes, str]]]:
+        """The lines that are JSON objects with their numbers, and the others that are not blank with what is wrong."""
+        readable: list[bytes] = []
+        numbers: list[int] = []
+        refused: dict[int, tuple[bytes, str]] = {}
+        for number, line in enumerate(lines):
+            text = line.strip(WHITESPACE)
+            if not text.removeprefix(BYTE_ORDER_MARK).strip(WHITESPACE):
+                continue
+            try:
+                if text.startswith(b"{"):
+                    _skip(text)
+                    readable.append(line)
+                    numbers.append(number)
+                    continue
+            except msgspec.DecodeError:
+                pass  # the normalizer says why
+            try:
+                self._normalizer.canonical(line)
+            except Rejected as error:
+                refused[number] = (line, error.reason)
+            else:
+                raise bulk.Undecided  # it begins with a byte order mark
+        return readable, numbers, refused
+
+    def _merged(self, table: pa.Table, mended: dict[int, bytes], dropped: set[int]) -> pa.Table | None:
+        """The table with the rows of mended lines in place of theirs, without the dropped ones; None if that fails."""
+        if not mended:
+            rows = [row for row in range(table.num_rows) if row not in dropped] if dropped else None
+            return table if rows is None else table.take(pa.array(rows, pa.int64()))
+        try:
+            fresh = self._decode(b"\n".join((*mended.values(), b"")))
+        except pa.ArrowInvalid:
+            return None
+        if fresh.num_rows != len(mended) or _repeated_map_keys(fresh):
+            return None
+        place = {row: table.num_rows + position for position, row in enumerate(mended)}
+        order = [place.get(row, row) for row in range(table.num_rows) if row not in dropped]
+        if len(mended) == table.num_rows:
+            return fresh
+        return pa.concat_tables([table, fresh]).take(pa.array(order, pa.int64()))
 
     def _flush(self) -> None:
         if self._block:
@@ -268,15 +368,19 @@ class _Parser:
         self._rows += rows
 
     def _reject(self, reason: str, raw: bytes, received_at: int) -> None:
+        raw = conceal(raw, self._rules)
         letter = DeadLetter(reason=reason, stage="parse", received_at=received_at, raw=raw, batch=self._batch)
         self.rejects.append(letter)
 
 
-def _blocks(body: bytes) -> Iterator[bytes]:
-    """`body` cut after newlines; the last line gets its newline if it has none."""
+_skip = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def _blocks(body: bytes, size: int) -> Iterator[bytes]:
+    """`body` cut after newlines, every `size` bytes or so; the last line gets its newline if it has none."""
     start = 0
     while start < len(body):
-        end = body.find(b"\n", min(start + _CHECKED, len(body) - 1)) + 1
+        end = body.find(b"\n", min(start + size, len(body) - 1)) + 1
         yield body[start:end] if end else body[start:] + b"\n"
         start = end or len(body)
 

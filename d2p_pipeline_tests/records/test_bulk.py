@@ -1,0 +1,154 @@
+"""Large plain text: decoded first, then every line held against the bytes its row accounts for."""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2p_pipeline.records.parse import Parsed, parse
+from d2p_pipeline.records.rules import Rules
+from d2p_pipeline_tests.records.builders import FULL, REQUIRED, line
+
+PADDING = [line(FULL, message=f"padding {number}", stack_trace='at a("x")\n\tat b\\c' * 8) for number in range(250)]
+"""More than the bulk path's least; with escapes."""
+
+
+def in_bulk(*lines: bytes, rules: Rules | None = None) -> Parsed:
+    """The lines amid padding, as one chunk of plain text."""
+    return parse([b"\n".join([*PADDING[:125], *lines, *PADDING[125:]])], rules or Rules(), 0)
+
+
+def one_by_one(*lines: bytes, rules: Rules | None = None) -> Parsed:
+    """Each line alone, far below what is decoded in bulk."""
+    results = [parse([text], rules or Rules(), 0) for text in (b"", *lines)]
+    return Parsed(
+        pa.concat_tables([result.table for result in results]),
+        [reject for result in results for reject in result.rejects],
+        sum(result.lines for result in results),
+        [],
+    )
+
+
+def assert_same(lines: list[bytes], rules: Rules | None = None) -> None:
+    bulk, single = in_bulk(*lines, rules=rules), one_by_one(*lines, rules=rules)
+    rows = bulk.table.num_rows - len(PADDING)
+    assert bulk.table.slice(125, rows).equals(single.table)
+    assert [reject.raw for reject in bulk.rejects] == [reject.raw for reject in single.rejects]
+    assert [reject.reason for reject in bulk.rejects] == [reject.reason for reject in single.rejects]
+    assert bulk.lines == single.lines + len(PADDING)
+    kept = [text for text in lines if text not in {reject.raw for reject in bulk.rejects} and text.strip()]
+    assert [bulk.raw(row) for row in range(125, 125 + rows)] == kept
+
+
+UNUSUAL: list[bytes] = [
+    line(FULL, unknown=1),
+    line(FULL, Level="upper case"),
+    line(FULL)[:-1] + b',"az":null}',
+    line(FULL)[:-1] + b',"level":"twice"}',
+    line(FULL)[:-1] + b',"":""}',
+    line(FULL)[:-1] + b',"\\n":"\\n"}',
+    json.dumps(FULL).encode(),
+    json.dumps({**FULL, "unknown": "x, y: z"}).encode(),
+    json.dumps(FULL, indent=1).replace("\n", "").encode(),
+    json.dumps(FULL).replace('": ', '" :').encode(),
+    json.dumps({**FULL, "message": "é \U0001f389 \x01"}).encode(),
+    line(FULL, message="é 🎉"),
+    line(FULL, message='quote " backslash \\ slash / tab \t'),
+    line(FULL).replace(b"paid", b"pa\\/id"),
+    line(FULL, args={"a": "1", "b": None, "c": "\n"}),
+    line(FULL, args={}, tags=[], extra_fields={}),
+    line(FULL)[:-1] + b',"args":{"a":"1","a":"2"}}',
+    line({**REQUIRED, "args": {}})[:-2] + b'"a":"1","a":"2"}}',
+    line(FULL, http_response=200),
+    line(FULL, audit="true"),
+    line(FULL, tags=["a", 1, {"b": 2}]),
+    line(FULL, time=1_795_224_407),
+    line(FULL, time="2026-03-05T14:07:08.123456789Z"),
+    line(FULL, time="2026-03-05t14:07:08z"),
+    line(FULL, time="2026-03-05T14:07:08+0530"),
+    line(FULL, time="2026-03-05 14:07:08.5-05:30"),
+    line(FULL, time="2026-03-05T14:07Z"),
+    line(FULL, time="2026-03-05"),
+    line(FULL, time="2026-03-05T14:07:60Z"),
+    line(FULL, time="2026-02-30T14:07:00Z"),
+    line(FULL, time="0000-01-01T00:00:00Z"),
+    line(FULL, time="9999-12-31T23:59:59.999999Z"),
+    line(FULL, level=None),
+    line(FULL)[:-1] + b',"message":null}',
+    line(FULL)[:-9],
+    line(FULL) + line(FULL),
+    line(FULL) + b" ",
+    line(FULL) + b"\r",
+    b"\t" + line(FULL),
+    b"",
+    b"   ",
+    b"[]",
+    b"[1]",
+    b"3",
+    b"null",
+    b'"text"',
+    b"{}",
+    b"{",
+    b"\xff",
+    line(FULL).replace(b"paid", b"pa\xffid"),
+    line(FULL).replace(b"paid", b"\\ud800"),
+    line(FULL, message="nul \x00"),
+    line(FULL).replace(b"paid", b"\x00"),
+    b"\xef\xbb\xbf" + line(FULL),
+]
+
+
+@pytest.mark.parametrize("text", UNUSUAL, ids=lambda text: text[-40:].decode(errors="replace"))
+def test_an_unusual_line_amid_many_is_what_it_is_alone(text: bytes) -> None:
+    assert_same([text])
+
+
+def test_all_unusual_lines_together_keep_their_order() -> None:
+    assert_same(UNUSUAL)
+
+
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_every_unit(unit: Any) -> None:
+    rules = Rules(timestamp_unit=unit, column_names="snake")
+    assert_same([line(FULL, time=f"2026-03-05T14:07:08.{'123456789'[:digits]}Z") for digits in range(1, 10)], rules)
+
+
+_texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _texts,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_texts, inner, max_size=2),
+    max_leaves=4,
+)
+_changes = st.dictionaries(
+    st.sampled_from([*FULL, "az", "Az", "unknown", "msg", "extra"]) | _texts, _values, max_size=3
+)
+_separators = st.sampled_from([(",", ":"), (", ", ": "), (",", ": "), (" ,", " :")])
+
+
+@st.composite
+def _lines(draw: st.DrawFn) -> bytes:
+    record = {**draw(st.sampled_from([REQUIRED, FULL])), **draw(_changes)}
+    text = json.dumps(record, separators=draw(_separators), ensure_ascii=draw(st.booleans()))
+    return text.encode()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(_lines() | st.binary(max_size=6).filter(lambda text: b"\n" not in text), max_size=6))
+def test_whatever_the_lines_the_number_of_bytes_never_deceives(lines: list[bytes]) -> None:
+    bulk, single = in_bulk(*lines), one_by_one(*lines)
+    assert bulk.table.slice(125, bulk.table.num_rows - len(PADDING)).equals(single.table)
+    assert [reject.raw for reject in bulk.rejects] == [reject.raw for reject in single.rejects]
+    assert bulk.lines == single.lines + len(PADDING)
+
+
+def test_an_unknown_field_as_long_as_the_missing_spaces_is_not_overlooked() -> None:
+    """A compact line and the spaces it lacks: an unknown field of just that many bytes must not pass for them."""
+    record = line(REQUIRED)
+    spaces = 2 * len(REQUIRED) - 1
+    for length in range(spaces + 20):
+        text = record[:-1] + b',"u":"' + b"x" * length + b'"}'
+        [row] = in_bulk(text).table.to_pylist()[125:-125]
+        assert dict(row["extra-fields"]) == {"u": "x" * length}
