@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from pydantic import (
     AfterValidator,
@@ -175,6 +175,13 @@ Port = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=65535)]
 RedisName = Annotated[str, _matching(r"[A-Za-z0-9_.:-]+", "letters, digits and _ . : -")]
 RedisHost = Annotated[str, _matching(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:\d{1,5})?", "host:port")]
 HttpUrl = Annotated[str, _matching(r"https?://[^\s/]\S*", "a URL that begins with http:// or https://")]
+StoreUrl = Annotated[
+    str,
+    _matching(
+        r"(?!s3a?:)[a-z][a-z0-9+.-]*://(?![^/]*:[^/]*@)[^\s?]+",
+        "a URL without password and query; for s3:// give writer_type = aws-s3, s3_bucket_name and s3_prefix",
+    ),
+]
 S3Endpoint = Annotated[
     str, _matching(r"https?://[^\s/@]+(/\S*)?", "a URL that begins with http:// or https://, without user")
 ]
@@ -328,7 +335,10 @@ class Settings(BaseSettings):
     writer_type: Annotated[Literal["file", "aws-s3"], BeforeValidator(_lower)] = "file"
     """Where files go: a local directory, or a bucket."""
     writer_file_path: Path = Path("out")
-    """Root directory of the files when `writer_type` is `file`."""
+    """Root directory of the files when `writer_type` is `file`; a URL is read as `writer_url`."""
+    writer_url: StoreUrl | None = None
+    """Root of the files when `writer_type` is `file` and it is no local directory: `gs://bucket/files`,
+    `abfs://container@account.dfs.core.windows.net/files`, or what an installed fsspec package reads."""
     writer_compression_type: Annotated[Literal["snappy", "zstd", "gzip", "none"], BeforeValidator(_lower)] = "snappy"
     """Compression of the Parquet files."""
     writer_row_group_size: Bytes = 128 * 2**20
@@ -628,6 +638,11 @@ def _bring_up_to_date(data: dict[str, Any], problems: list[Problem]) -> tuple[di
     given = {name: value for name, value in stripped.items() if value is not None and value != ""}
     notes = [f"{name}: begins with an underscore; ignored" for name in given if name.startswith("_")]
     old = {name: given.pop(name) for name in list(given) if name in RETIRED or name.startswith("_")}
+    scheme, is_url, path = str(given.get("writer_file_path", "")).partition("://")
+    if is_url:
+        given["writer_file_path" if scheme == "file" else "writer_url"] = (
+            unquote(path) if scheme == "file" else given.pop("writer_file_path")
+        )
     if "s3_default_capability" in given:
         given.setdefault("default_capability", given["s3_default_capability"])
     if str(old.get("disable_log_colors")).lower() == "true" and "log_formatter" not in given:
@@ -684,7 +699,7 @@ def _is_secret(field: FieldInfo) -> bool:
 
 def _without_secrets(url: str) -> str:
     url = re.sub(r"(://[^:/@]*):?.*@", lambda match: f"{match[1]}:{HIDDEN}@", url, flags=re.DOTALL)
-    return re.sub(r"(password=)[^&]*", rf"\1{HIDDEN}", url, flags=re.IGNORECASE)
+    return re.sub(r"((password|key|token|sig)=)[^&]*", rf"\1{HIDDEN}", url, flags=re.IGNORECASE)
 
 
 def _as_text(value: Any) -> str:

@@ -156,6 +156,7 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "recovery_delay": seconds,
     "writer_type": st.sampled_from(["file", "aws-s3"]),
     "writer_file_path": path,
+    "writer_url": st.sampled_from(["gs://bucket/files", "abfs://c@a.dfs.core.windows.net/files", "memory://files"]),
     "writer_compression_type": st.sampled_from(["snappy", "zstd", "gzip", "none"]),
     "writer_row_group_size": whole,
     "timestamp_unit": st.sampled_from(["ms", "us", "ns"]),
@@ -560,6 +561,19 @@ def test_listening_beyond_loopback_needs_a_token_or_consent() -> None:
     assert load(address="0.0.0.0", tokens="t").address == "0.0.0.0"
     assert load(address="0.0.0.0", allow_remote_without_token=True).address == "0.0.0.0"
     assert [load(address=local).tokens for local in ("127.0.0.2", "::1", "[::1]", "localhost")] == [()] * 4
+
+
+def test_a_url_may_be_given_where_the_directory_is() -> None:
+    assert load_from({"writer_file_path": "gs://bucket/files"}).writer_url == "gs://bucket/files"
+    assert load_from({"writer_file_path": "file:///var/my%20files"}).writer_file_path == Path("/var/my files")
+    assert load_from({"writer_file_path": "out"}).writer_url is None
+
+
+@pytest.mark.parametrize("url", ["s3://b/k", "abfs://c:hunter2@a/x", "abfs://c@a/x?account_key=hunter2", "gs://"])
+def test_a_url_of_s3_or_with_secrets_is_refused(url: str) -> None:
+    [(name, message)] = problems(lambda: load_from({"writer_file_path": url})).items()
+    assert name == "writer_url"
+    assert "hunter2" not in message
 
 
 def test_s3_settings_that_need_each_other_say_so() -> None:

@@ -16,11 +16,12 @@ import contextlib
 import logging
 import secrets
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode
 
@@ -92,6 +93,7 @@ class S3Store:
         self, bucket: Bucket, *, timeout: float = 60.0, attempts: int = 5, part_bytes: int = PART_BYTES
     ) -> None:
         self._bucket = bucket
+        self._again = partial(S3Store, timeout=timeout, attempts=attempts, part_bytes=part_bytes)
         self._root = f"{bucket.prefix.strip('/')}/".lstrip("/")
         self._part_bytes = part_bytes
         _keep_secrets_out_of_the_log()
@@ -164,6 +166,10 @@ class S3Store:
             upload = self._client.create_multipart_upload(**target, **options)
             self._client.abort_multipart_upload(**target, UploadId=upload["UploadId"])
             self._client.list_multipart_uploads(Bucket=self._bucket.name, Prefix=target["Key"])
+
+    def __reduce__(self) -> tuple[Callable[[Bucket], "S3Store"], tuple[Bucket]]:
+        """Another process opens the store again, and finds its own credentials."""
+        return self._again, (self._bucket,)
 
     def _url(self, key: str) -> str:
         return f"s3://{self._bucket.name}/{key}"
