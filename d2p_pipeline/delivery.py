@@ -23,6 +23,7 @@ from d2p_pipeline.buffer.protocol import Batch, BatchRef, Buffer, Claim
 from d2p_pipeline.parquet.encode import Encoding, encode, split
 from d2p_pipeline.parquet.layout import file_path
 from d2p_pipeline.records import chunk
+from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter
 from d2p_pipeline.records.fields import SCHEMA_VERSION
 from d2p_pipeline.records.parse import parse
@@ -185,13 +186,14 @@ def check(text: Text, rules: Rules) -> Rows:
             {row - offset: reasons[row] for row in range(offset, offset + height) if row in reasons} if reasons else {}
         )
         offset += height
-        letters = [*records.rejects, *(_rejected(records.raw(row), reason, part) for row, reason in bad.items())]
+        letters = [*records.rejects, *(_rejected(records.raw(row), reason, part, rules) for row, reason in bad.items())]
         dead_letters.append(letters)
         tables.append(_without(records.table, bad))
     return Rows(text.unit, tables, dead_letters)
 
 
-def _rejected(raw: bytes, reason: str, part: Part) -> DeadLetter:
+def _rejected(raw: bytes, reason: str, part: Part, rules: Rules) -> DeadLetter:
+    raw = conceal(raw, rules)
     return DeadLetter(reason=reason, stage="validate", received_at=part.first, raw=raw, batch=part.claim.batch.id)
 
 

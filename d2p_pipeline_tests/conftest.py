@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from redis import Redis
 
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
@@ -14,6 +15,10 @@ from d2p_pipeline.buffer.protocol import Buffer
 from d2p_pipeline.buffer.redis import RedisBuffer
 
 pytest_plugins = ["d2p_pipeline_tests.pipeline", "d2p_pipeline_tests.receiving"]
+
+# How long an example takes says nothing on a machine that does other things too.
+settings.register_profile("d2p", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("d2p")
 
 FULL_RECORDS = 100
 FULL_BYTES = 10_000

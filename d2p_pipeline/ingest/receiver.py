@@ -19,6 +19,7 @@ from granian.rsgi import Scope
 from d2p_pipeline.buffer.protocol import Buffer, BufferFullError, BufferUnavailableError
 from d2p_pipeline.ingest.bodies import BodyError, records
 from d2p_pipeline.ingest.commit import GroupCommit, Request
+from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
 from d2p_pipeline.records.key import key_of
 from d2p_pipeline.records.normalize import Normalizer
@@ -67,7 +68,7 @@ class Receiver:
     ) -> None:
         self._buffer = buffer
         self._normalizer = Normalizer(rules)
-        self._key_fields = rules.key_fields
+        self._rules = rules
         self._unknown_key = rules.default_capability or UNKNOWN_KEY
         self._tokens = [f"Bearer {token}".encode() for token in tokens]
         self._max_body_bytes = max_body_bytes
@@ -169,8 +170,11 @@ class Receiver:
                 self._accept(raw, request)
             except Rejected as error:
                 dead += 1
-                letter = DeadLetter(reason=error.reason, stage="receive", received_at=now, raw=raw)
-                request.dead_letters.setdefault(key_of(raw, self._key_fields) or self._unknown_key, []).append(letter)
+                kept = conceal(raw, self._rules)
+                letter = DeadLetter(reason=error.reason, stage="receive", received_at=now, raw=kept)
+                request.dead_letters.setdefault(key_of(raw, self._rules.key_fields) or self._unknown_key, []).append(
+                    letter
+                )
                 if len(errors) < SHOWN_ERRORS:
                     errors.append({"line": number, "reason": error.reason})
         if raws:

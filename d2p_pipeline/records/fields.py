@@ -87,6 +87,11 @@ def target_name(name: str) -> str:
     return _TARGETS.get(name, name)
 
 
+def spellings(names: frozenset[str]) -> list[str]:
+    """Every normalized name that means one of `names`."""
+    return [alias for alias, name in _TARGETS.items() if name in names] + [n for n in names if n not in _TARGETS]
+
+
 def column_name(name: str, style: ColumnNames) -> str:
     """The column a field is stored in."""
     return name.replace("-", "_") if style == "snake" else name
@@ -188,9 +193,9 @@ def _no_entry_of(names: frozenset[str]) -> str | None:
     """A pattern for names that do not mean one of `names`; "" if all do; None if no pattern can tell."""
     if not names:
         return ""
-    spellings = [alias for alias, name in _TARGETS.items() if name in names] + [n for n in names if n not in _TARGETS]
+    written = spellings(names)
     # str.lower() and the pattern's case folding agree on ASCII only.
-    if not all(spelling.isascii() for spelling in spellings):
+    if not all(spelling.isascii() for spelling in written):
         return None
-    alternatives = "|".join(sorted(re.escape(spelling).replace(r"\-", "[-_]") for spelling in spellings))
+    alternatives = "|".join(sorted(re.escape(spelling).replace(r"\-", "[-_]") for spelling in written))
     return rf"^(?!(?i:{alternatives})\Z)"
