@@ -40,6 +40,8 @@ PART_BYTES = 16 * 2**20
 """Size of the parts of a multipart upload; a file that fits into one is a single PUT. 10,000 parts at most: 160 GiB."""
 
 _PARALLEL_PARTS = 4
+_CONNECTIONS = 32
+"""Kept open for the next request; more are made when more threads write."""
 _DEFAULT_REGION = "us-east-1"
 
 _log = logging.getLogger(__name__)
@@ -279,6 +281,7 @@ def _connect(bucket: Bucket, timeout: float, attempts: int) -> tuple[Credentials
     session = Session()
     region = bucket.region or session.get_config_variable("region") or _DEFAULT_REGION
     network: dict[str, Any] = {
+        "max_pool_connections": _CONNECTIONS,
         "connect_timeout": min(timeout, 10.0),
         "read_timeout": timeout,
         "retries": {"mode": "standard", "total_max_attempts": attempts},
