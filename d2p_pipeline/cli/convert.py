@@ -80,6 +80,7 @@ def _names(files: list[str] | None) -> list[str]:
 def _plan(settings: "Settings") -> "Plan":
     from d2p_pipeline import wiring
     from d2p_pipeline.ingest.convert import Plan
+    from d2p_pipeline.parquet.errors import StoreError
 
     try:
         return Plan(
@@ -94,6 +95,9 @@ def _plan(settings: "Settings") -> "Plan":
     except (ValueError, NotImplementedError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from error
+    except StoreError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from error
 
 
 def _shares(memory_limit: str, jobs: int | None) -> tuple[int, int]:
@@ -173,12 +177,16 @@ def _complain(summary: "Summary", settings: "Settings") -> None:
     for name, reason in summary.failed.items():
         typer.echo(f"{'standard input' if name == STDIN else name}: {reason}", err=True)
     if summary.dead_letters:
-        kept = (
-            f"kept in {settings.writer_file_path / DEAD_LETTERS}" if settings.use_dlq else "not kept (use_dlq = false)"
-        )
+        kept = f"kept in {_root(settings)}/{DEAD_LETTERS}" if settings.use_dlq else "not kept (use_dlq = false)"
         typer.echo(f"{summary.dead_letters:,} records were rejected; they are {kept}.", err=True)
     if summary.stopped:
         typer.echo(f"Stopped before the end: {summary.stopped}", err=True)
+
+
+def _root(settings: "Settings") -> str:
+    if settings.writer_type == "file":
+        return str(settings.writer_file_path)
+    return f"s3://{settings.s3_bucket_name}/{settings.s3_prefix}".rstrip("/")
 
 
 @contextmanager

@@ -5,8 +5,8 @@
     convert   worker processes parse, validate, encode and write, with the same functions as a Dagster run
 
 Blocks never span inputs, and names come from content, so that converting an input again, alone or among others, overwrites
-its own files. A worker has one block at a time and nothing else is queued: memory is `memory_needed`, for inputs of any
-size. A worker that is told nothing more, whatever became of this process, ends after its block: no file is left partial.
+its own files. A worker has one block at a time and one more is cut, so `memory_needed` is enough for inputs of any size. A
+worker that is told nothing more, whatever became of this process, ends after its block: no file is left partial.
 """
 
 import contextlib
@@ -17,24 +17,24 @@ import stat
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import chain, islice
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import xxhash
 
 from d2p_pipeline import __version__
 from d2p_pipeline.ingest.documents import ZSTD_MAGICS, Block, Break, Content, ForeignError, Readable, blocks, too_long
+from d2p_pipeline.parquet.errors import StoreError
 
 # What parses and encodes is imported where blocks are converted: its import costs more than a small input.
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from typing_extensions import Buffer
 
     from d2p_pipeline.parquet.encode import Encoding
     from d2p_pipeline.parquet.store import Store
@@ -111,7 +111,7 @@ def convert(
 
 def block_for(memory_limit: int) -> int:
     """Bytes of a block. They depend on the limit alone: so do the files, whatever the number of jobs."""
-    return min(max(memory_limit // 64, 1 << 20), 64 << 20)
+    return min(max(memory_limit // 64, 1 << 20), 32 << 20)
 
 
 def memory_needed(jobs: int, block_bytes: int) -> int:
@@ -257,21 +257,38 @@ def _digest(block: Block) -> str:
 def _results(tasks: Iterator[_Work], plan: Plan, jobs: int) -> Generator[_Result]:
     """The result of every task, as they come; in this process if there is one job or one task only."""
     first = list(islice(tasks, 2 if jobs > 1 else 0))
-    if len(first) < 2:
-        for task, text in chain(first, tasks):
-            yield task, _attempt(task, text, plan)
-        return
+    work = chain(first, tasks)
+    return _from_workers(work, plan, jobs) if len(first) > 1 else _from_here(work, plan)
+
+
+def _from_here(work: Iterator[_Work], plan: Plan) -> Generator[_Result]:
+    told: deque[_Task] = deque()
+    with _Converter(plan) as converter:
+        for task, text in work:
+            told.append(task)
+            if result := converter.convert(task, text):
+                yield told.popleft(), result
+        if result := converter.settle():
+            yield told.popleft(), result
+
+
+def _from_workers(work: Iterator[_Work], plan: Plan, jobs: int) -> Generator[_Result]:
     workers: list[_Worker] = []
     try:
-        for task, text in chain(first, tasks):
-            if len(workers) < jobs:
-                workers.append(worker := _Worker(plan))
-            else:
-                yield from _finished(workers)
-                worker = next(worker for worker in workers if not worker.task)
-            worker.start(task, text)
-        while any(worker.task for worker in workers):
-            yield from _finished(workers)
+        for task, text in work:
+            idle = [worker for worker in workers if not worker.busy]
+            if not idle and len(workers) < jobs:
+                idle = [_Worker(plan)]
+                workers += idle
+            while not idle:
+                yield from _answers(workers)
+                idle = [worker for worker in workers if not worker.busy]
+            idle[0].convert(task, text)
+        while unsettled := [worker for worker in workers if worker.tasks]:
+            for worker in unsettled:
+                if not worker.busy:
+                    worker.settle()
+            yield from _answers(workers)
     finally:
         for worker in workers:
             worker.connection.close()
@@ -279,21 +296,23 @@ def _results(tasks: Iterator[_Work], plan: Plan, jobs: int) -> Generator[_Result
             worker.end()
 
 
-def _finished(workers: Sequence["_Worker"]) -> Iterator[_Result]:
-    """Wait until at least one worker has finished its block."""
-    busy = [worker for worker in workers if worker.task]
+def _answers(workers: Sequence["_Worker"]) -> Iterator[_Result]:
+    """Wait until at least one worker answers."""
+    busy = [worker for worker in workers if worker.busy]
     ready = wait([worker.connection for worker in busy])
     for worker in busy:
-        if worker.connection in ready:
-            yield worker.finish()
+        if worker.connection in ready and (result := worker.answer()):
+            yield result
 
 
 class _Worker:
-    """A process that converts one block at a time."""
+    """A process that converts one block at a time; what it answers is the result of the block before."""
 
     def __init__(self, plan: Plan) -> None:
         self.connection, theirs = Pipe()
-        self.task: _Task | None = None
+        self.busy = False
+        self.tasks: deque[_Task] = deque()
+        """What it was told to convert and has no result of yet."""
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"import {__name__} as convert; convert.work({theirs.fileno()})"],
             stdin=subprocess.DEVNULL,
@@ -306,28 +325,32 @@ class _Worker:
         theirs.close()
         self._tell(plan)
 
-    def start(self, task: _Task, text: _Text) -> None:
+    def convert(self, task: _Task, text: _Text) -> None:
         """Hand it a block."""
-        self.task = task
+        self.busy = True
+        self.tasks.append(task)
         self._tell(task, text if task.offset is None else None)
 
-    def finish(self) -> _Result:
-        """What became of its block, once its connection has something."""
-        if self.task is None:
-            raise RuntimeError("the worker has no block to finish")
+    def settle(self) -> None:
+        """Ask for the last result."""
+        self.busy = True
+        self._tell(None)
+
+    def answer(self) -> _Result | None:
+        """What it answers, once its connection has something."""
         try:
-            result = (self.task, self.connection.recv())
+            result = self.connection.recv()
         except (EOFError, ConnectionError):
-            raise WorkerDiedError(self.task.name, self._process.wait()) from None
-        self.task = None
-        return result
+            raise WorkerDiedError(self.tasks[-1].name, self._process.wait()) from None
+        self.busy = False
+        return (self.tasks.popleft(), result) if result else None
 
     def end(self) -> None:
         """Wait for the end of its block and of itself; its connection has to be closed before."""
         self._process.wait()
 
-    def _tell(self, message: Plan | _Task, text: _Text | None = None) -> None:
-        # A worker that is gone is noticed where its result is waited for.
+    def _tell(self, message: Plan | _Task | None, text: _Text | None = None) -> None:
+        # A worker that is gone is noticed where its answer is waited for.
         with contextlib.suppress(ConnectionError):
             self.connection.send(message)
             if text is not None:
@@ -346,30 +369,72 @@ _WORKER_ENVIRONMENT = {
 def work(descriptor: int) -> None:
     """What a worker does, until nobody is there any more to tell it more. Errors that are no result end it."""
     connection = Connection(descriptor)
-    with contextlib.suppress(EOFError, ConnectionError):
-        plan = connection.recv()
+    with contextlib.suppress(EOFError, ConnectionError), _Converter(connection.recv()) as converter:
         while True:
             task = connection.recv()
-            text = connection.recv_bytes() if task.offset is None else b""
-            connection.send(_attempt(task, text, plan))
+            if task is None:
+                connection.send(converter.settle())
+            else:
+                text = connection.recv_bytes() if task.offset is None else b""
+                connection.send(converter.convert(task, text))
 
 
 # --- converting
 
 
-def _attempt(task: _Task, text: _Text, plan: Plan) -> _Outcome | _Failure:
-    try:
-        return _convert(task, text, plan)
-    except _ChangedError as error:
-        return _Failure(str(error), fatal=False)
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        return _Failure(f"cannot write{where}: {error.strerror or error}", fatal=True)
+class _Converter:
+    """Converts block after block. While one is converted the files of the one before become durable, which is waiting."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._writers = ThreadPoolExecutor(_WRITERS)
+        self._last: tuple[_Outcome | _Failure, list[Future[None]]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writers.shutdown()
+
+    def convert(self, task: _Task, text: _Text) -> _Outcome | _Failure | None:
+        """Convert a block; the result is that of the block before."""
+        writes: list[Future[None]] = []
+        try:
+            result = _convert(task, text, self._plan, lambda *file: writes.append(self._write(*file)))
+        except _ChangedError as error:
+            result = _Failure(str(error), fatal=False)
+        before = self.settle()
+        self._last = result, writes
+        return before
+
+    def settle(self) -> _Outcome | _Failure | None:
+        """The result of the last block, when its files are durable."""
+        if self._last is None:
+            return None
+        (result, writes), self._last = self._last, None
+        try:
+            for write in writes:
+                write.result()
+        except StoreError as error:
+            return _Failure(str(error), fatal=True)
+        except OSError as error:
+            return _Failure(f"cannot write {error.filename}: {error.strerror}", fatal=True)
+        return result
+
+    def _write(self, path: str, data: "Buffer") -> Future[None]:
+        return self._writers.submit(self._plan.store.write, path, data)
 
 
-def _convert(task: _Task, text: _Text, plan: Plan) -> _Outcome:
-    from d2p_pipeline.parquet.encode import split
+# Files written at a time: a file costs little but waiting for the disk, and disks wait for several at once.
+_WRITERS = 8
+
+
+def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer"], None]) -> _Outcome:
+    """What becomes of a block; `write` is called for each of its files."""
+    from d2p_pipeline.parquet.encode import encode, split
+    from d2p_pipeline.parquet.layout import file_path
     from d2p_pipeline.records.dead_letter import DeadLetter
+    from d2p_pipeline.records.fields import SCHEMA_VERSION
     from d2p_pipeline.records.parse import parse
     from d2p_pipeline.records.validate import validate
 
@@ -389,45 +454,24 @@ def _convert(task: _Task, text: _Text, plan: Plan) -> _Outcome:
     table = verdict.good
     # The text is as large as the rows, and has served.
     del lines, parsed, verdict
-    partitions = split(table, plan.rules, task.received_at if plan.by_ingest_time else None)
-    size = _write(task, partitions, [letter.to_json() for letter in letters], plan)
+    files = size = 0
+    for key, hour, rows in split(table, plan.rules, task.received_at if plan.by_ingest_time else None):
+        metadata = {
+            "d2p.batch": task.batch,
+            "d2p.unit": str(task.unit),
+            "d2p.key": key,
+            "d2p.schema_version": SCHEMA_VERSION,
+            "d2p.software": f"d2p-pipeline {__version__}",
+        }
+        data = encode(rows, plan.encoding, metadata)
+        write(file_path(key, hour, task.batch, task.unit, data if plan.use_hash else None), data)
+        files += 1
+        size += data.size
+    if letters and plan.keep_dead_letters:
+        lines = b"".join(letter.to_json() + b"\n" for letter in letters)
+        write(f"{DEAD_LETTERS}/{task.batch}-{task.unit}.ndjson", lines)
     reasons = Counter(_kind(letter.reason) for letter in letters)
-    return _Outcome(records, table.num_rows, reasons, len(partitions), size)
-
-
-def _write(
-    task: _Task, partitions: Sequence[tuple[str, datetime, "pa.Table"]], letters: Sequence[bytes], plan: Plan
-) -> int:
-    """Make the block's files durable; returns the bytes of the Parquet files."""
-    from d2p_pipeline.parquet.encode import encode
-    from d2p_pipeline.parquet.layout import file_path
-    from d2p_pipeline.records.fields import SCHEMA_VERSION
-
-    size = 0
-    with ThreadPoolExecutor(_WRITERS) as writers:
-        writes: list[Future[None]] = []
-        for key, hour, rows in partitions:
-            metadata = {
-                "d2p.batch": task.batch,
-                "d2p.unit": str(task.unit),
-                "d2p.key": key,
-                "d2p.schema_version": SCHEMA_VERSION,
-                "d2p.software": f"d2p-pipeline {__version__}",
-            }
-            data = encode(rows, plan.encoding, metadata)
-            path = file_path(key, hour, task.batch, task.unit, data if plan.use_hash else None)
-            writes.append(writers.submit(plan.store.write, path, data))
-            size += data.size
-        if letters and plan.keep_dead_letters:
-            path = f"{DEAD_LETTERS}/{task.batch}-{task.unit}.ndjson"
-            writes.append(writers.submit(plan.store.write, path, b"\n".join((*letters, b""))))
-    for write in writes:
-        write.result()
-    return size
-
-
-# Files written at a time by one worker: a file costs little but waiting for the disk, and disks wait for several at once.
-_WRITERS = 8
+    return _Outcome(records, table.num_rows, reasons, files, size)
 
 
 def _read(task: _Task) -> bytes:
