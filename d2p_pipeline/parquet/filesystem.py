@@ -10,7 +10,7 @@ import contextlib
 import posixpath
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -36,7 +36,7 @@ class FilesystemStore:
         self._filesystem, root = _open(url, self._url)
         self._root = root.rstrip("/")
 
-    def write(self, path: str, data: "Buffer") -> None:
+    def write(self, path: str, data: "Buffer", metadata: Mapping[str, str] | None = None) -> None:
         """Make `data` as durable under `path` as the service makes it; on a local disk LocalStore does better."""
         target = f"{self._root}/{path}"
         directory = posixpath.dirname(target)
