@@ -13,6 +13,7 @@ Any other line is doubtful, not wrong: the normalizer decides. pyarrow has no ty
 import io
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import arro3.core
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from d2p_pipeline.records.fields import LOG_FIELDS, TimestampUnit, arrow_schema
+from d2p_pipeline.records.shape import ARROW_TYPES, Shape, fold
 
 BATCH_ROWS = 1024
 """Rows per Arrow batch; larger ones make the decoder slower."""
@@ -36,23 +38,36 @@ class Undecided(Exception):
     """The lines are no sequence of objects with fitting types, one per line: they have to be looked at one by one."""
 
 
-def decode(lines: list[bytes], unit: TimestampUnit) -> tuple[pa.Table, set[int], set[int]]:
-    """The rows of `lines`; the numbers of the doubtful ones, that may hold more than the row says or lack what they need;
-    and of those whose time was not read.
+@dataclass(frozen=True)
+class Decoded:
+    """A block's rows. `doubtful` ones may hold more than the row says or lack what they need; the time of `untimed` ones
+    was not read."""
+
+    table: pa.Table
+    doubtful: set[int]
+    untimed: set[int]
+
+
+def decode(lines: list[bytes], unit: TimestampUnit, shape: Shape = ()) -> Decoded:
+    """Decode lines of records that differ from the schema by `shape`.
 
     The lines have no newlines, and no NUL, raw or escaped: the decoder aborts the process over one in an error message.
     """
     text = b"\n".join((*lines, b""))
+    members = _members(shape)
     try:
-        table = _decoder(unit)(text)
+        table = _decoder(members)(text)
     except pa.ArrowInvalid as error:
         raise Undecided from error
     if table.num_rows != len(lines):
         raise Undecided
-    doubtful = set() if _is_explained(table, text) else set(_doubtful_rows(table, lines))
-    for field in LOG_FIELDS:
-        if field.required and table.column(field.name).null_count:
-            doubtful.update(pl.Series(pl.from_arrow(table.column(field.name))).is_null().arg_true())
+    folded = fold(table, shape)
+    if folded is None:
+        raise Undecided
+    doubtful = _incomplete_rows(folded)
+    if not _is_explained(table, members, text, [lines[row] for row in doubtful], sorted(doubtful)):
+        doubtful.update(_doubtful_rows(table, members, lines))
+    table = folded
     time = pl.Series(pl.from_arrow(table.column("time")))
     untimed: set[int] = set()
     readable = time.str.contains(_time_pattern(unit))
@@ -60,18 +75,37 @@ def decode(lines: list[bytes], unit: TimestampUnit) -> tuple[pa.Table, set[int],
         unreadable = (~readable).fill_null(False)
         untimed.update(unreadable.arg_true())
         time = time.set(unreadable, None)
+    if (time.str.len_bytes() > len("2026-11-21T10:00:00.Z") + _DIGITS[unit]).any():  # cut off what Arrow would refuse
+        time = time.str.replace(rf"(\.\d{{{_DIGITS[unit]}}})\d+", "$1")
     try:
         moments = pc.cast(time.to_arrow(), pa.timestamp(unit, "UTC"))
     except pa.ArrowInvalid as error:  # a 30th of February
         raise Undecided from error
-    return table.set_column(0, arrow_schema(unit).field("time"), moments), doubtful, untimed
+    return Decoded(table.set_column(0, arrow_schema(unit).field("time"), moments), doubtful, untimed)
+
+
+Members = tuple[tuple[str, str], ...]
+"""Names and kinds of the columns that are decoded."""
 
 
 @cache
-def _decoder(unit: TimestampUnit) -> Callable[[bytes], pa.Table]:
-    """Reads `time`, the first field, as text: its bytes have to be accounted for too."""
-    _, *others = arrow_schema(unit)
-    schema = arro3.core.Schema.from_arrow(pa.schema([pa.field("time", pa.string()), *others]))
+def _members(shape: Shape) -> Members:
+    """The schema's fields with the kinds that the shape gives them, then the shape's unknown names."""
+    kinds: dict[str, str] = {field.name: field.kind for field in LOG_FIELDS}
+    return tuple((kinds | dict(shape)).items())
+
+
+@cache
+def _decoder(members: Members) -> Callable[[bytes], pa.Table]:
+    """Reads `time` as text: its bytes have to be accounted for too."""
+    known = arrow_schema()
+    fields = [
+        pa.field(name, pa.string() if kind == "timestamp" else ARROW_TYPES[kind])
+        if kind in ("timestamp", *ARROW_TYPES)
+        else known.field(name)
+        for name, kind in members
+    ]
+    schema = arro3.core.Schema.from_arrow(pa.schema(fields))
 
     def decode(text: bytes) -> pa.Table:
         return pa.table(arro3.io.read_json(io.BytesIO(text), schema, batch_size=BATCH_ROWS))
@@ -83,22 +117,42 @@ def _decoder(unit: TimestampUnit) -> Callable[[bytes], pa.Table]:
 def _time_pattern(unit: TimestampUnit) -> str:
     """Times that Arrow's cast and the normalizer read alike, in years that have no edge to fall off in any offset."""
     years = r"(1[7-9]\d\d|2[01]\d\d|22[0-5]\d)" if unit == "ns" else r"([1-8]\d{3}|9[0-8]\d\d|99[0-8]\d)"
-    return rf"^{years}-\d\d-\d\d[T ]\d\d:\d\d:[0-5]\d(\.\d{{1,{_DIGITS[unit]}}})?(Z|[+-]\d\d:\d\d)$"
+    return rf"^{years}-\d\d-\d\d[T ]\d\d:\d\d:[0-5]\d(\.\d+)?(Z|[+-]\d\d:\d\d)$"
 
 
-def _is_explained(table: pa.Table, text: bytes) -> bool:
-    """Whether all of a block is explained by its rows together; then each line is by its own, as none can have too few."""
-    least, separators = _sum(table)
-    return _explains(text, len(text) - table.num_rows - least, separators, len(_ESCAPE.findall(text)))
+def _incomplete_rows(table: pa.Table) -> set[int]:
+    """Rows that lack a required field, or have an explicit null there."""
+    rows: set[int] = set()
+    for field in LOG_FIELDS:
+        if field.required and table.column(field.name).null_count:
+            rows.update(pl.Series(pl.from_arrow(table.column(field.name))).is_null().arg_true())
+    return rows
 
 
-def _doubtful_rows(table: pa.Table, lines: list[bytes]) -> Iterator[int]:
-    least, separators = _account(table.combine_chunks())
+def _is_explained(table: pa.Table, members: Members, text: bytes, others: list[bytes], other_rows: list[int]) -> bool:
+    """Whether the rows together explain all of a block but some `others`; then each does by its own, as none can have too
+    few bytes."""
+    least, separators = _sum(table, members)
+    size, escapes = len(text) - table.num_rows, len(_ESCAPE.findall(text))
+    if others:
+        other_least, other_separators = _sum(table.take(pa.array(other_rows)), members)
+        least, separators = least - other_least, separators - other_separators
+        size -= sum(map(len, others))
+        escapes -= sum(map(_escapes, others))
+    return _explains(text, size - least, separators, escapes)
+
+
+def _doubtful_rows(table: pa.Table, members: Members, lines: list[bytes]) -> Iterator[int]:
+    least, separators = _account(table.combine_chunks(), members)
     extra = pl.Series(list(map(len, lines)), dtype=pl.Int64) - least
     for row in (extra != 0).arg_true():
         line = lines[row]
-        if not _explains(line, extra[row], separators[row], line.count(b"\\") - line.count(b"\\\\")):
+        if not _explains(line, extra[row], separators[row], _escapes(line)):
             yield row
+
+
+def _escapes(line: bytes) -> int:
+    return line.count(b"\\") - line.count(b"\\\\")
 
 
 def _explains(text: bytes, extra: int, separators: int, escapes: int) -> bool:
@@ -107,24 +161,26 @@ def _explains(text: bytes, extra: int, separators: int, escapes: int) -> bool:
         return True
     if extra != escapes + separators:
         return False
-    return text.count(b'":') == text.count(b'": ') and b',"' not in text
+    return text.count(b'":') == text.count(b'": ') and b',"' not in text and b",n" not in text
 
 
-def _sum(table: pa.Table) -> tuple[int, int]:
+def _sum(table: pa.Table, members: Members) -> tuple[int, int]:
     """The least bytes the JSON of all rows can have, and how many commas and colons that has."""
     size = separators = fields = 0
-    for field in LOG_FIELDS:
-        column = table.column(field.name)
+    for name, kind in members:
+        column = table.column(name)
         present = table.num_rows - column.null_count
         fields += present
-        size += present * (len(field.name) + _QUOTES)
-        match field.kind:
+        size += present * (_name_bytes(name) + _QUOTES)
+        match kind:
             case "string" | "timestamp":
                 size += _total(_lengths(column)) + present * _QUOTES
             case "bool":
                 size += present * len("false") - _total(column)
-            case "list" | "map":
-                inner_size, inner_separators = _sum_nested(column, is_map=field.kind == "map")
+            case "int":
+                size += _total(_lengths(column.cast(pa.string())))
+            case _:
+                inner_size, inner_separators = _sum_nested(column, is_map=kind == "map")
                 size += inner_size + present * _QUOTES + inner_separators
                 separators += inner_separators
     # Braces, colons, and a comma between any two fields.
@@ -145,6 +201,10 @@ def _sum_nested(column: pa.ChunkedArray, *, is_map: bool) -> tuple[int, int]:
     return size, separators
 
 
+def _name_bytes(name: str) -> int:
+    return len(name.encode())
+
+
 def _total(values: pa.Array | pa.ChunkedArray) -> int:
     return pc.call_function("sum", [values]).as_py() or 0
 
@@ -153,30 +213,29 @@ def _lengths(strings: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return pc.call_function("binary_length", [strings])
 
 
-def _account(table: pa.Table) -> tuple[pl.Series, pl.Series]:
+def _account(table: pa.Table, members: Members) -> tuple[pl.Series, pl.Series]:
     """`_sum` per row; slower."""
     columns = pl.DataFrame(pl.from_arrow(table))
     least: list[pl.Expr] = []
     fields: list[pl.Expr] = []
     nested: dict[str, pl.Series] = {}
-    for field in LOG_FIELDS:
-        column = pl.col(field.name)
-        present = column.is_not_null().cast(pl.Int64)
-        fields.append(present)
-        name = len(field.name) + _QUOTES + 2  # colon and comma
-        match field.kind:
+    for name, kind in members:
+        column = pl.col(name)
+        fields.append(column.is_not_null().cast(pl.Int64))
+        match kind:
             case "string" | "timestamp":
-                value = column.str.len_bytes().fill_null(-name - _QUOTES).cast(pl.Int64) + _QUOTES
+                value = column.str.len_bytes().cast(pl.Int64) + _QUOTES
             case "bool":
-                value = pl.when(column.is_null()).then(-name).when(column).then(len("true")).otherwise(len("false"))
-            case "list" | "map":
-                size, inner = _account_nested(table.column(field.name), is_map=field.kind == "map")
-                nested[field.name], nested[f"{field.name} separators"] = size, inner
-                value = pl.when(column.is_null()).then(-name).otherwise(pl.col(f"{field.name} size"))
-        least.append(value + name)
-    extended = columns.with_columns(
-        *(size.alias(name if name.endswith("separators") else f"{name} size") for name, size in nested.items())
-    )
+                value = pl.when(column).then(len("true")).otherwise(len("false"))
+            case "int":
+                value = column.cast(pl.String).str.len_bytes().cast(pl.Int64)
+            case _:
+                size, inner = _account_nested(table.column(name), is_map=kind == "map")
+                nested[f"{name} size"], nested[f"{name} separators"] = size, inner
+                value = pl.col(f"{name} size")
+        # With its quotes, colon and comma.
+        least.append(pl.when(column.is_null()).then(0).otherwise(value + _name_bytes(name) + _QUOTES + 2))
+    extended = columns.with_columns(**nested)
     inner = [pl.col(name) for name in nested if name.endswith("separators")]
     count = pl.sum_horizontal(fields)
     result = extended.select(

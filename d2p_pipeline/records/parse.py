@@ -16,7 +16,8 @@ pyarrow has no type information, hence `standard` above.
 import io
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -33,12 +34,15 @@ from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
 from d2p_pipeline.records.fields import LOG_FIELDS, TimestampUnit, arrow_schema
 from d2p_pipeline.records.normalize import BYTE_ORDER_MARK, WHITESPACE, Normalizer
 from d2p_pipeline.records.rules import Rules
+from d2p_pipeline.records.shape import Shape, shape_of
 
 # Text decoded at once: enough that the cost per call does not show, little enough to repeat for one bad line.
 _BLOCK = 4 << 20
 # Plain text decoded before it is checked: enough that the accounting's cost per call does not show.
 _BULK = 8 << 20
 _WORTH = 64 << 10
+# One in so many doubtful rows is no reason to look for another shape.
+_FEW = 20
 # Text checked at once: the checked objects of a block still fit into the processor's cache.
 _CHECKED = 64 << 10
 # Rows per Arrow batch; larger ones make the decoder slower.
@@ -134,9 +138,11 @@ class _Parser:
         self._rules = rules
         self._normalizer = Normalizer(rules)
         self._decode = _decoder(rules.timestamp_unit)
+        self._shape: Shape = ()
+        self._screens = False
         self._unit: TimestampUnit = rules.timestamp_unit
         # A hidden field or a capability to fill in is nothing that the number of bytes tells.
-        self._in_bulk = not (rules.ignored_fields or rules.masked_fields or rules.default_capability)
+        self._in_bulk = not (rules.ignored_fields or rules.masked_fields or rules.default_capability or rules.hmac_key)
         self._received_at = received_at
         self._batch = batch
         self._rows = 0
@@ -193,29 +199,22 @@ class _Parser:
         """Decode a block before it is checked; False when that cannot be done."""
         lines, numbers = text.split(b"\n")[:-1], None
         refused: dict[int, tuple[bytes, str]] = {}
-        try:
-            table, doubtful, untimed = bulk.decode(lines, self._unit)
-        except bulk.Undecided:
-            try:
-                lines, numbers, refused = self._screened(lines)
-                table, doubtful, untimed = bulk.decode(lines, self._unit)
-            except bulk.Undecided:
+        # A producer that sends what is no JSON sends more of it: its blocks need not fail first.
+        decoded = None if self._screens else self._in_shape(lines)
+        if decoded is None:
+            self._screens = True
+            screened = self._screened(lines)
+            if screened is None:
                 return False
-        mended: dict[int, bytes] = {}
-        dropped: set[int] = set()
+            lines, numbers, refused = screened
+            decoded = self._in_shape(lines)
+            if decoded is None:
+                return False
+        table = decoded.table
         repeated = _repeated_map_keys(table)
-        for row in sorted(doubtful | untimed | repeated):
-            line = lines[row]
-            try:
-                canonical = (
-                    self._normalizer.rewritten_line(line) if row in repeated else self._normalizer.canonical(line).line
-                )
-            except Rejected as error:
-                dropped.add(row)
-                refused[numbers[row] if numbers else row] = (line, error.reason)
-            else:
-                if row in untimed or canonical != line.strip(WHITESPACE):
-                    mended[row] = canonical
+        mended, dropped = self._mended(lines, decoded, repeated)
+        for row, reason in dropped.items():
+            refused[numbers[row] if numbers else row] = (lines[row], reason)
         merged = self._merged(table, mended, dropped)
         if merged is None:
             return False
@@ -229,32 +228,76 @@ class _Parser:
             self.tables.append(merged)
         return True
 
-    def _screened(self, lines: list[bytes]) -> tuple[list[bytes], list[int], dict[int, tuple[bytes, str]]]:
-        """The lines that are JSON objects with their numbers, and the others that are not blank with what is wrong."""
+    def _mended(
+        self, lines: list[bytes], decoded: bulk.Decoded, repeated: AbstractSet[int]
+    ) -> tuple[dict[int, bytes], dict[int, str]]:
+        """Rows whose canonical line is not the one decoded, with that line; and rows that are none, with the reason."""
+        mended: dict[int, bytes] = {}
+        dropped: dict[int, str] = {}
+        for row in sorted(decoded.doubtful | decoded.untimed | repeated):
+            line = lines[row]
+            try:
+                again = self._normalizer.rewritten_line if row in repeated else self._canonical
+                canonical = again(line)
+            except Rejected as error:
+                dropped[row] = error.reason
+            else:
+                if row in decoded.untimed or canonical != line.strip(WHITESPACE):
+                    mended[row] = canonical
+        return mended, dropped
+
+    def _canonical(self, line: bytes) -> bytes:
+        return self._normalizer.canonical(line).line
+
+    def _in_shape(self, lines: list[bytes]) -> bulk.Decoded | None:
+        """Decode lines in the shape that served before; where that leaves too much open, in that of a line left open."""
+        try:
+            decoded = bulk.decode(lines, self._unit, self._shape)
+            if len(decoded.doubtful) * _FEW <= len(lines):
+                return decoded
+            sample = lines[min(decoded.doubtful)]
+        except bulk.Undecided:
+            decoded, sample = None, next((line for line in lines if line.startswith(b"{")), b"")
+        shape = shape_of(sample)
+        if shape is None or shape == self._shape:
+            return decoded
+        try:
+            better = bulk.decode(lines, self._unit, shape)
+        except bulk.Undecided:
+            return decoded
+        if decoded and len(decoded.doubtful) < len(better.doubtful):
+            return decoded
+        self._shape = shape
+        return better
+
+    def _screened(self, lines: list[bytes]) -> tuple[list[bytes], list[int], dict[int, tuple[bytes, str]]] | None:
+        """The lines that are JSON objects with their numbers, and the others that are not blank with what is wrong.
+
+        None when the normalizer takes a line that does not begin with its object: white space or a byte order mark does.
+        """
         readable: list[bytes] = []
         numbers: list[int] = []
         refused: dict[int, tuple[bytes, str]] = {}
         for number, line in enumerate(lines):
-            text = line.strip(WHITESPACE)
-            if not text.removeprefix(BYTE_ORDER_MARK).strip(WHITESPACE):
-                continue
             try:
-                if text.startswith(b"{"):
-                    _skip(text)
+                if line[:1] == b"{":
+                    _skip(line)
                     readable.append(line)
                     numbers.append(number)
                     continue
             except msgspec.DecodeError:
                 pass  # the normalizer says why
+            if not line.removeprefix(BYTE_ORDER_MARK).strip(WHITESPACE):
+                continue
             try:
                 self._normalizer.canonical(line)
             except Rejected as error:
                 refused[number] = (line, error.reason)
             else:
-                raise bulk.Undecided  # it begins with a byte order mark
+                return None
         return readable, numbers, refused
 
-    def _merged(self, table: pa.Table, mended: dict[int, bytes], dropped: set[int]) -> pa.Table | None:
+    def _merged(self, table: pa.Table, mended: dict[int, bytes], dropped: Container[int]) -> pa.Table | None:
         """The table with the rows of mended lines in place of theirs, without the dropped ones; None if that fails."""
         if not mended:
             rows = [row for row in range(table.num_rows) if row not in dropped] if dropped else None
@@ -314,6 +357,10 @@ class _Parser:
             self._recover(block)
             return
         if table.num_rows != sum(piece.rows for piece in block) or _repeated_map_keys(table):
+            self._recover(block)
+            return
+        if self._rules.hmac_key is not None and table.column("hmac").null_count < table.num_rows:
+            # Received before the column was computed here: the normalizer finds another place for it.
             self._recover(block)
             return
         for piece in block:

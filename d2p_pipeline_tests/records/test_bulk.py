@@ -152,3 +152,42 @@ def test_an_unknown_field_as_long_as_the_missing_spaces_is_not_overlooked() -> N
         text = record[:-1] + b',"u":"' + b"x" * length + b'"}'
         [row] = in_bulk(text).table.to_pylist()[125:-125]
         assert dict(row["extra-fields"]) == {"u": "x" * length}
+
+
+def as_dicts(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows with maps as dicts: the order of entries says nothing."""
+    return table.to_pylist(maps_as_pydicts="strict")
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "unknown": {"shoe-size": 42, "Shoe_Color": "red", "happy": True},
+    "alias": {"msg": "by alias", "message": None, "LVL": "warn", "level": None},
+    "spelling": {"Correlation_Id": "c-2", "correlation-id": None, "HMAC": ""},
+    "scalars": {"http-response": 200, "ttl": True, "user-id": 7},
+    "time by alias": {"timestamp": "2026-03-05T14:07:08.123456789Z", "time": None},
+    "epoch": {"time": 1_795_224_407},
+    "both": {"msg": "beside", "message": "target"},
+    "fraction": {"duration": 1.5},
+    "nested": {"context": {"a": 1}},
+    "audit by spelling": {"Audit": True, "audit": None},
+    "collision": {"user_id": "u2", "user-id": "u3", "team": "red"},
+}
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_a_producers_own_spelling_gives_what_each_record_gives_alone(changes: dict[str, Any]) -> None:
+    merged = [{**FULL, **changes, "device-id": f"{number}" * 200} for number in range(9)]
+    lines = [line({name: value for name, value in record.items() if value is not None}) for record in merged]
+    odd = [line(FULL), line(FULL, unknown="another"), b'{"cut', line(FULL, level=None)]
+    many = [*lines * 30, *odd, *lines * 30]
+    bulk, single = parse([b"\n".join(many)], Rules(), 0), one_by_one(*many)
+    assert as_dicts(bulk.table) == as_dicts(single.table)
+    assert [reject.reason for reject in bulk.rejects] == [reject.reason for reject in single.rejects]
+    assert bulk.raw(0) == lines[0]
+    assert bulk.lines == len(many)
+
+
+def test_the_same_lines_give_the_same_table() -> None:
+    many = [line(FULL, unknown=number, other="x" * 300) for number in range(300)]
+    first, second = (parse([b"\n".join(many)], Rules(), 0).table for _ in range(2))
+    assert first.equals(second)
