@@ -121,6 +121,17 @@ def test_a_store_can_be_sent_to_another_process_without_its_secrets(store: S3Sto
     assert len(store.scan()) == 1
 
 
+@pytest.mark.parametrize("data", [b"small", LARGE])
+def test_aws_itself_is_sent_checksums(
+    s3_service: Service, s3_proxy: Proxy, bucket: Bucket, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.url)
+    open_store(replace(bucket, endpoint=None)).write("x.parquet", data)
+    assert s3_service.content(bucket.name, "x.parquet") == data
+    uploads = s3_proxy.of("PutObject") + s3_proxy.of("UploadPart")
+    assert all("x-amz-checksum-crc32" in request.headers for request in uploads)
+
+
 # --- names
 
 
