@@ -25,7 +25,9 @@ def convert(
         list[str] | None,
         typer.Argument(metavar="[FILE]…", help="Files or patterns; - or nothing: standard input.", show_default=False),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Root of the files (writer_file_path).")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="PATH", help="Root of the files (writer_file_path).")
+    ] = None,
     config: ConfigFile = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Processes that convert. Default: one a core.")
@@ -185,7 +187,7 @@ def _complain(summary: "Summary", settings: "Settings") -> None:
 
 def _root(settings: "Settings") -> str:
     if settings.writer_type == "file":
-        return str(settings.writer_file_path)
+        return str(settings.writer_url or settings.writer_file_path)
     return f"s3://{settings.s3_bucket_name}/{settings.s3_prefix}".rstrip("/")
 
 

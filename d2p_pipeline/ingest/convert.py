@@ -433,12 +433,14 @@ def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer
     """What becomes of a block; `write` is called for each of its files."""
     from d2p_pipeline.parquet.encode import encode, split
     from d2p_pipeline.parquet.layout import file_path
+    from d2p_pipeline.records.conceal import conceal
     from d2p_pipeline.records.dead_letter import DeadLetter
     from d2p_pipeline.records.fields import SCHEMA_VERSION
     from d2p_pipeline.records.parse import parse
     from d2p_pipeline.records.validate import validate
 
     def rejected(raw: bytes, reason: str, stage: Literal["parse", "validate"] = "parse") -> DeadLetter:
+        raw = conceal(raw, plan.rules)
         return DeadLetter(reason=reason, stage=stage, received_at=task.received_at, raw=raw, batch=task.batch)
 
     lines, long = _within(bytes(text) if task.offset is None else _read(task), plan.max_record_bytes)

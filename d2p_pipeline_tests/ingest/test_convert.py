@@ -192,6 +192,21 @@ def test_a_record_of_more_bytes_than_allowed_is_rejected(directory: Directory, b
     assert "max_record_bytes (500)" in directory.dead_letters()[0].reason
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        line("x", level=None, **{"user-id": "secret"}),
+        b"[" + line("x", **{"user-id": "secret"})[:-1],
+        line("x" * 2000, **{"user-id": "secret"}),
+    ],
+)
+def test_what_is_hidden_is_hidden_in_dead_letters_too(directory: Directory, content: bytes) -> None:
+    rules = Rules(masked_fields=frozenset({"user-id"}))
+    directory.convert(content, rules=rules, max_record_bytes=1000)
+    assert directory.dead_letters()
+    assert all(b"secret" not in letter.raw for letter in directory.dead_letters())
+
+
 # --- names
 
 
