@@ -2,7 +2,7 @@
 
     plan         claim the batches and cut them into units, bounded in bytes
     read         a unit's chunks from the buffer
-    validate     chunks to typed rows; what is no valid record becomes a dead letter
+    validate     chunks to typed rows; what is no valid record becomes a dead letter; the user's function, the HMAC
     build        rows to Parquet, one file per partition
     (write)      the files become durable: `parquet.store`
     acknowledge  dead letters stored, unit marked, batch removed when complete: one atomic step
@@ -28,6 +28,8 @@ from d2p_pipeline.records.dead_letter import DeadLetter
 from d2p_pipeline.records.fields import SCHEMA_VERSION
 from d2p_pipeline.records.parse import parse
 from d2p_pipeline.records.rules import Rules
+from d2p_pipeline.records.sign import sign
+from d2p_pipeline.records.transform import transform
 from d2p_pipeline.records.validate import validate
 
 _PAGE = 256
@@ -66,11 +68,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Rows:
-    """A unit's valid rows and its dead letters, per part."""
+    """What is written of a unit, its dead letters, and how many valid rows the user's function dropped, per part."""
 
     unit: Unit
     tables: list[pa.Table]
     dead_letters: list[list[DeadLetter]]
+    dropped: list[int]
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,11 @@ def read(buffer: Buffer, unit: Unit) -> Text:
 
 
 def check(text: Text, rules: Rules) -> Rows:
-    """Parse and validate. All parts are validated at once: pandera costs the same for one row and for many."""
+    """Parse and validate, then transform and sign. All parts are validated at once: pandera costs the same for one row and
+    for many. They are transformed one by one, so that a part's files do not depend on its neighbours.
+
+    TransformError when the user's function fails.
+    """
     parsed = [
         parse(chunks, rules, received_at=part.first, batch=part.claim.batch.id)
         for part, chunks in zip(text.unit.parts, text.chunks, strict=True)
@@ -179,6 +186,7 @@ def check(text: Text, rules: Rules) -> Rows:
     reasons = dict(verdict.bad)
     tables: list[pa.Table] = []
     dead_letters: list[list[DeadLetter]] = []
+    dropped: list[int] = []
     offset = 0
     for part, records in zip(text.unit.parts, parsed, strict=True):
         height = records.table.num_rows
@@ -188,8 +196,11 @@ def check(text: Text, rules: Rules) -> Rows:
         offset += height
         letters = [*records.rejects, *(_rejected(records.raw(row), reason, part, rules) for row, reason in bad.items())]
         dead_letters.append(letters)
-        tables.append(_without(records.table, bad))
-    return Rows(text.unit, tables, dead_letters)
+        valid = _without(records.table, bad)
+        kept = transform(valid, rules)
+        dropped.append(valid.num_rows - kept.num_rows)
+        tables.append(sign(kept, rules))
+    return Rows(text.unit, tables, dead_letters, dropped)
 
 
 def _rejected(raw: bytes, reason: str, part: Part, rules: Rules) -> DeadLetter:
@@ -227,18 +238,20 @@ def acknowledge(
 ) -> list[Delivered]:
     """End the unit; call only when `written` is durable. Raises ClaimLostError when another run took a batch since."""
     delivered: list[Delivered] = []
-    for part, table, letters in zip(rows.unit.parts, rows.tables, rows.dead_letters, strict=True):
+    for part, table, letters, dropped in zip(
+        rows.unit.parts, rows.tables, rows.dead_letters, rows.dropped, strict=True
+    ):
         answer = buffer.acknowledge(
             part.claim,
             part.number,
             units=part.units,
             rows=table.num_rows,
-            rejected=len(letters),
+            rejected=len(letters) + dropped,
             dead_letters=[letter.to_json() for letter in letters] if keep_dead_letters else [],
         )
         if answer == "complete":
             leases.drop(part.claim.batch)
-        reasons: dict[str, int] = {}
+        reasons: dict[str, int] = {DROPPED: dropped} if dropped else {}
         for letter in letters:
             reasons[letter.reason] = reasons.get(letter.reason, 0) + 1
         files = [file for file in written if file.part == part]
@@ -247,3 +260,5 @@ def acknowledge(
 
 
 PREVIEW_ROWS = 3
+DROPPED = "dropped by transform"
+"""The reason of rows that the user's function left out: counted as rejected, and kept nowhere."""

@@ -15,6 +15,7 @@ from d2p_pipeline.buffer.protocol import Batch, BufferUnavailableError, Claim, C
 from d2p_pipeline.orchestration.keys import RECOVERY
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.parquet.errors import PermanentStoreError
+from d2p_pipeline.records.transform import TransformError
 from d2p_pipeline.settings import Settings
 
 LONGEST_DELAY_MS = 3_600_000
@@ -34,8 +35,10 @@ _PERMANENT = {
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Whether somebody has to change something before the same write can succeed."""
-    return isinstance(error, PermanentStoreError) or (isinstance(error, OSError) and error.errno in _PERMANENT)
+    """Whether somebody has to change something before the same step can succeed."""
+    return isinstance(error, PermanentStoreError | TransformError) or (
+        isinstance(error, OSError) and error.errno in _PERMANENT
+    )
 
 
 @contextmanager
@@ -43,7 +46,7 @@ def no_retry_if_permanent() -> Iterator[None]:
     """Let a step fail at once where repeating it would be in vain."""
     try:
         yield
-    except (OSError, PermanentStoreError) as error:
+    except (OSError, PermanentStoreError, TransformError) as error:
         if is_permanent(error):
             raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
         raise

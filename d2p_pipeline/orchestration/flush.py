@@ -17,7 +17,7 @@ from ulid import ULID
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer, Reason, Seal
 from d2p_pipeline.delivery import Delivered, ParquetFile, Rows, Text, Unit, Written
 from d2p_pipeline.orchestration.assets import report_deliveries
-from d2p_pipeline.orchestration.failures import to_recovery
+from d2p_pipeline.orchestration.failures import no_retry_if_permanent, to_recovery
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.settings import load
 
@@ -70,7 +70,8 @@ def read_records(unit: Unit, delivery_parts: DeliveryResource) -> Text:
 @dg.op(out=dg.Out(Rows, io_manager_key="memory"), tags={"dagster/priority": "3"})
 def validate_records(context: dg.OpExecutionContext, text: Text, delivery_parts: DeliveryResource) -> Rows:
     """Chunks to typed rows; what is no valid record becomes a dead letter."""
-    rows = delivery_parts.check(text)
+    with no_retry_if_permanent():
+        rows = delivery_parts.check(text)
     for part, letters in zip(rows.unit.parts, rows.dead_letters, strict=True):
         if letters:
             key, batch = part.claim.batch

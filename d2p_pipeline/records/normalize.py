@@ -7,7 +7,7 @@ canonical and are kept byte for byte; the others are rewritten value by value, a
 Nothing is lost on the way. What its field cannot hold (a number in `audit`, a string in `args`), what an alias carries
 beside its field, and every unknown field goes to `extra-fields`: under its normalized name, if that is taken under the
 name as written, else with `#2`, `#3`… after it. Of a name repeated within one JSON object the last value counts.
-A `hmac` that a record brings is a field like any other until a later step fills the column.
+A `hmac` that a record brings is a field like any other, or unknown where the column is computed (sign.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +52,9 @@ class Normalizer:
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._hidden = rules.ignored_fields | rules.masked_fields
-        strict = canonical_struct(rules.key_fields, left_out=self._hidden, refused_entries=self._hidden)
+        computed = frozenset({"hmac"} if rules.hmac_key is not None else ())
+        self._fields = {name: field for name, field in BY_NAME.items() if name not in computed}
+        strict = canonical_struct(rules.key_fields, left_out=self._hidden | computed, refused_entries=self._hidden)
         self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(strict).decode
         self._key_of: Callable[[Any], str | tuple[str, ...]] = attrgetter(
             *(n.replace("-", "_") for n in rules.key_fields)
@@ -60,7 +62,7 @@ class Normalizer:
         self._years = certain_years(rules.timestamp_unit)
         required = [field.name for field in LOG_FIELDS if field.required]
         self._needed = tuple(dict.fromkeys((*required, *rules.key_fields)))
-        self._plain_strings = frozenset(f.name for f in LOG_FIELDS if f.kind == "string") - self._hidden
+        self._plain_strings = frozenset(f.name for f in LOG_FIELDS if f.kind == "string") - self._hidden - computed
 
     def canonical(self, raw: bytes) -> Canonical:
         """The canonical form of one JSON object; Rejected if there is none."""
@@ -109,16 +111,16 @@ class Normalizer:
         for written, value in members.items():
             if type(value) is str and written in self._plain_strings:
                 record[written] = value
-            elif written in BY_NAME:
-                self._take(BY_NAME[written], written, value, record, spares)
+            elif written in self._fields:
+                self._take(self._fields[written], written, value, record, spares)
             else:
                 name, target = _meaning(written)
-                if target not in BY_NAME:
+                if target not in self._fields:
                     self._leave(target, written, value, spares)
                 elif name == target:
-                    spellings.append((BY_NAME[target], written, value))
+                    spellings.append((self._fields[target], written, value))
                 else:
-                    aliases.append((BY_NAME[target], written, value))
+                    aliases.append((self._fields[target], written, value))
         for field, written, value in (*spellings, *aliases):
             self._take(field, written, value, record, spares)
         if spares:

@@ -1,6 +1,6 @@
 """What normalization and parsing depend on, as one frozen value; built once at the edge from the settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from d2p_pipeline.records.fields import BY_NAME, ColumnNames, Field, TimestampUnit, normalize_name, target_name
@@ -14,7 +14,8 @@ class Rules:
 
     Field names may be given in any spelling and by an alias; they are kept normalized. `ignored_fields` drop and
     `masked_fields` replace by `*`: top-level fields and entries of `args` and `extra-fields` alike. A masked map has all its
-    values replaced. ValueError lists everything that cannot work.
+    values replaced. With a `hmac_key` the column `hmac` is computed, and a `hmac` that a record brings goes to
+    `extra-fields`. `transform` names the user's function as `module:function`. ValueError lists everything that cannot work.
     """
 
     record_type: RecordType = "log"
@@ -24,6 +25,8 @@ class Rules:
     masked_fields: frozenset[str] = frozenset()
     timestamp_unit: TimestampUnit = "us"
     column_names: ColumnNames = "kebab"
+    hmac_key: bytes | None = field(default=None, repr=False)
+    transform: str | None = None
 
     def __post_init__(self) -> None:
         def meant(name: str) -> str:
@@ -58,19 +61,26 @@ class Rules:
         for name in self.key_fields:
             if name not in BY_NAME:
                 problems.append(f"key_fields: {name} is not a field of a log record")
+            elif name == "hmac" and self.hmac_key is not None:
+                problems.append("key_fields: hmac is computed by use_hmac")
             elif BY_NAME[name].kind != "string":
                 problems.append(f"key_fields: {name} is a {BY_NAME[name].kind}, a key needs strings")
         return problems
 
     def _hiding_problems(self) -> list[str]:
         problems: list[str] = []
+        computed = {"hmac"} if self.hmac_key is not None else set[str]()
         for name in sorted(self.ignored_fields):
-            if name in self.key_fields:
+            if name in computed:
+                problems.append(f"ignored_fields: {name} is computed by use_hmac")
+            elif name in self.key_fields:
                 problems.append(f"ignored_fields: {name} is a key field")
             elif name in BY_NAME and BY_NAME[name].required:
                 problems.append(f"ignored_fields: {name} is required, every record would be rejected")
         for name in sorted(self.masked_fields):
-            if name in self.key_fields:
+            if name in computed:
+                problems.append(f"masked_fields: {name} is computed by use_hmac")
+            elif name in self.key_fields:
                 problems.append(f"masked_fields: {name} is a key field")
             elif BY_NAME.get(name, Field(name)).kind not in ("string", "map"):
                 problems.append(

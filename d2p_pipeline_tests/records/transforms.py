@@ -1,0 +1,51 @@
+"""Functions that tests name in the setting `transform`."""
+
+import polars as pl
+
+
+def shout(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(pl.col("message").str.to_uppercase())
+
+
+def without_debug(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.filter(pl.col("level") != "debug")
+
+
+def widened(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.drop("ttl").with_columns(
+        length=pl.col("message").str.len_chars(),
+        kind=pl.col("level").cast(pl.Categorical),
+        words=pl.col("message").str.split(" "),
+        place=pl.struct(pl.col("region"), pl.col("az")),
+    )
+
+
+def lazily(frame: pl.DataFrame) -> pl.LazyFrame:
+    return frame.lazy().filter(pl.col("level") != "debug")
+
+
+def doubled(frame: pl.DataFrame) -> pl.DataFrame:
+    return pl.concat([frame, frame])
+
+
+def nothing(frame: pl.DataFrame) -> None:
+    del frame
+
+
+def timeless(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.drop("time")
+
+
+def textual(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(pl.col("time").cast(pl.String))
+
+
+def keyless(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(pl.lit("").alias("business-capability"))
+
+
+def broken(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.select("no such column")
+
+
+NO_FUNCTION = 5
