@@ -251,7 +251,8 @@ class Settings(BaseSettings):
     mask_fields: FieldList = ()
     """Fields whose values become `*` before anything is stored; written like `ignored_fields`."""
     transform: Function | None = None
-    """Python function called on the records before they are validated, as `module:function`."""
+    """Python function from a Polars frame to a Polars frame, called on valid records before they are written, as
+    `module:function`."""
     use_hmac: bool = False
     """Fill the `hmac` column with HMAC-SHA256 of each record; needs `hmac_key`."""
     hmac_key: SecretStr | None = None

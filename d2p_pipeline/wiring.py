@@ -29,6 +29,8 @@ def rules(settings: Settings) -> Rules:
         masked_fields=frozenset(settings.mask_fields),
         timestamp_unit=settings.timestamp_unit,
         column_names=settings.column_names,
+        hmac_key=settings.hmac_key.get_secret_value().encode() if settings.use_hmac and settings.hmac_key else None,
+        transform=settings.transform,
     )
 
 
