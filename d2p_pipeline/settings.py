@@ -534,7 +534,9 @@ def _read_environment() -> dict[str, Any]:
     return _named(
         (name, name[len(ENV_PREFIX) :], value)
         for name, value in os.environ.items()
-        if name.startswith(ENV_PREFIX) and not _SERVICE_LINK.fullmatch(name) and not value.startswith(links)
+        if name.startswith(ENV_PREFIX)
+        and not _SERVICE_LINK.fullmatch(name)
+        and not (name == f"{ENV_PREFIX}PORT" and value.startswith(links))
     )
 
 

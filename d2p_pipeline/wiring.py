@@ -16,6 +16,7 @@ from d2p_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from d2p_pipeline.parquet.encode import Encoding
+    from d2p_pipeline.parquet.s3 import Bucket
     from d2p_pipeline.parquet.store import Store
 
 
@@ -61,12 +62,45 @@ def open_buffer(settings: Settings) -> tuple[RedisBuffer, list[str]]:
 
 
 def store(settings: Settings) -> Store:
-    """Where files go."""
-    if settings.writer_type != "file":
-        raise NotImplementedError(f"writer_type {settings.writer_type!r} cannot write yet; use writer_type = 'file'")
+    """Where files go. Raises StoreError when S3 credentials cannot be found or a URL cannot be opened."""
+    if settings.writer_type == "aws-s3":
+        from d2p_pipeline.parquet.s3 import S3Store
+
+        return S3Store(bucket(settings), timeout=settings.s3_timeout)
+    if settings.writer_url is not None:
+        from d2p_pipeline.parquet.filesystem import FilesystemStore
+
+        return FilesystemStore(settings.writer_url)
     from d2p_pipeline.parquet.store import LocalStore
 
     return LocalStore(settings.writer_file_path)
+
+
+def bucket(settings: Settings) -> Bucket:
+    """The bucket that the S3 settings describe."""
+    from d2p_pipeline.parquet.s3 import Bucket, Role
+
+    assert settings.s3_bucket_name  # settings with writer_type aws-s3 have it
+    role = settings.s3_role_arn and Role(
+        settings.s3_role_arn,
+        session_name=settings.s3_session_name,
+        external_id=settings.s3_external_id,
+        sts_endpoint=settings.s3_sts_endpoint,
+    )
+    return Bucket(
+        settings.s3_bucket_name,
+        prefix=settings.s3_prefix,
+        region=settings.s3_region,
+        endpoint=settings.s3_endpoint,
+        path_style=settings.s3_path_style,
+        role=role or None,
+        encryption=settings.s3_encryption,
+        kms_key_id=settings.s3_kms_key_id,
+        storage_class=settings.s3_storage_class,
+        acl=settings.s3_acl,
+        tags=tuple((name, value) for name, _, value in (tag.partition("=") for tag in settings.s3_tags)),
+        create=settings.s3_create_bucket,
+    )
 
 
 def encoding(settings: Settings) -> Encoding:

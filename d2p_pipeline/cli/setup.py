@@ -30,6 +30,25 @@ def settings_of(config: Path | None, **flags: Any) -> "Settings":
     return settings
 
 
+def check_store(settings: "Settings") -> None:
+    """Prove that files can be written where they are to go; what is wrong ends the command with exit code 2."""
+    from d2p_pipeline import wiring
+    from d2p_pipeline.parquet.errors import StoreError
+
+    try:
+        wiring.store(settings).check()
+    except (StoreError, OSError) as error:
+        typer.echo(f"files cannot be written to {target(settings)}: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def target(settings: "Settings") -> str:
+    """Where files go, as people say it."""
+    if settings.writer_type == "aws-s3":
+        return f"s3://{settings.s3_bucket_name}/{settings.s3_prefix}".rstrip("/")
+    return settings.writer_url or str(settings.writer_file_path)
+
+
 @contextlib.contextmanager
 def redis(settings: "Settings") -> Iterator[None]:
     """A Redis for as long as the block lasts: the configured one, or the embedded server.

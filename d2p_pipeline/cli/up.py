@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2p_pipeline.cli.setup import ConfigFile, redis, settings_of
+from d2p_pipeline.cli.setup import ConfigFile, check_store, redis, settings_of, target
 
 if TYPE_CHECKING:
     from d2p_pipeline.buffer.protocol import Buffer
@@ -34,6 +34,7 @@ def up(
     try:
         with redis(settings):
             settings = settings_of(None)
+            check_store(settings)
             with running(settings, lambda text: typer.echo(text, err=True)) as supervisor:
                 _greet(settings)
                 tend_until_stopped(supervisor, stop)
@@ -48,7 +49,7 @@ def _greet(settings: "Settings") -> None:
 
     typer.echo(f"receiver   http://{settings.address}:{settings.port}/records")
     typer.echo(f"Dagster    http://127.0.0.1:{settings.dagster_port}")
-    typer.echo(f"files      {settings.writer_file_path}")
+    typer.echo(f"files      {target(settings)}")
     typer.echo(f"logs       {settings.home / 'logs'}")
     if redis_url(settings).startswith("unix:"):
         typer.echo(f"Redis      embedded, under {settings.home / 'redis'}")

@@ -49,7 +49,9 @@ class ParquetIOManager(dg.ConfigurableIOManager):
         """Make files durable."""
         with no_retry_if_permanent():
             for file in files:
-                self.store.write(file.path, file.data)
+                claim = file.part.claim
+                metadata = {"d2p-batch": claim.batch.id, "d2p-unit": str(file.part.number), "d2p-key": claim.batch.key}
+                self.store.write(file.path, file.data, metadata)
         return [Written(file.part, file.path, file.rows, file.data.size) for file in files]
 
     def load_input(self, context: dg.InputContext) -> list[Written] | pl.LazyFrame:
@@ -67,7 +69,13 @@ class ParquetIOManager(dg.ConfigurableIOManager):
     def _scan(self, keys: list[str] | None) -> pl.LazyFrame:
         prefixes = [""] if keys is None else [capability_prefix(key) for key in keys]
         paths = [path for prefix in prefixes for path in self.store.scan(prefix)]
-        return pl.scan_parquet(paths, hive_partitioning=True, missing_columns="insert")
+        return pl.scan_parquet(
+            paths,
+            glob=False,
+            hive_partitioning=True,
+            missing_columns="insert",
+            storage_options=self.store.storage_options(),
+        )
 
 
 class UnitMemory(dg.IOManager):

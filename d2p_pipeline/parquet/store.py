@@ -5,6 +5,7 @@ Paths are relative to the store's root, with `/`, as parquet/layout.py makes the
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,14 +14,22 @@ if TYPE_CHECKING:
 
 
 class Store(Protocol):
-    """A place for Parquet files."""
+    """A place for Parquet files. What fails raises OSError or StoreError (parquet/errors.py), which name the file."""
 
-    def write(self, path: str, data: "Buffer") -> None:
-        """Make `data` durable under `path`. OSError names the file."""
+    def write(self, path: str, data: "Buffer", metadata: Mapping[str, str] | None = None) -> None:
+        """Make `data` durable under `path`; `metadata` goes with it where files can carry any."""
         ...
 
     def scan(self, prefix: str = "") -> list[str]:
         """Every Parquet file below the directory `prefix`, sorted, as paths or URLs that readers take."""
+        ...
+
+    def storage_options(self) -> dict[str, str] | None:
+        """What Polars needs beside the URLs, secrets included; good for minutes, so ask for each scan."""
+        ...
+
+    def check(self) -> None:
+        """Prove that files can be written; leaves nothing behind."""
         ...
 
 
@@ -31,7 +40,7 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def write(self, path: str, data: "Buffer") -> None:
+    def write(self, path: str, data: "Buffer", metadata: Mapping[str, str] | None = None) -> None:
         target = self._root / _inside(path)
         try:
             _make_directory(target.parent)
@@ -54,6 +63,14 @@ class LocalStore:
     def scan(self, prefix: str = "") -> list[str]:
         directory = self._root / _inside(prefix)
         return sorted(str(file) for file in directory.rglob("*.parquet") if not file.name.startswith((".", "_")))
+
+    def storage_options(self) -> None:
+        return
+
+    def check(self) -> None:
+        path = f".check-{secrets.token_hex(8)}"
+        self.write(path, b"")
+        (self._root / path).unlink()
 
 
 def _inside(path: str) -> PurePosixPath:
