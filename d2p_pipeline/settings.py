@@ -536,7 +536,7 @@ def _read_environment() -> dict[str, Any]:
         for name, value in os.environ.items()
         if name.startswith(ENV_PREFIX)
         and not _SERVICE_LINK.fullmatch(name)
-        and not (name == f"{ENV_PREFIX}PORT" and value.startswith(links))
+        and not (name.endswith("_PORT") and value.startswith(links))
     )
 
 
