@@ -136,6 +136,7 @@ def _summary(summary: "Summary") -> dict[str, Any]:
         "stopped": summary.stopped,
         "records": summary.records,
         "rows": summary.rows,
+        "dropped": summary.dropped,
         "dead_letters": summary.dead_letters,
         "reasons": dict(summary.reasons.most_common()),
         "files": summary.files,
@@ -163,6 +164,8 @@ def _print(summary: "Summary") -> None:
     table.add_row("inputs", f"{summary.inputs:,}", ", ".join(inputs))
     table.add_row("records", f"{summary.records:,}", f"{summary.bytes_in / 1e6:,.1f} MB")
     table.add_row("rows", f"{summary.rows:,}")
+    if summary.dropped:
+        table.add_row("dropped", f"{summary.dropped:,}", "by transform")
     table.add_row("dead letters", f"{summary.dead_letters:,}")
     for reason, count in summary.reasons.most_common(SHOWN_REASONS):
         table.add_row("", f"{count:,}", reason)

@@ -61,7 +61,7 @@ class Plan:
 
 @dataclass
 class Summary:
-    """What became of the inputs. records = rows + dead letters; bytes_in are counted after decompression."""
+    """What became of the inputs: records = rows + dead letters + dropped. bytes_in are counted after decompression."""
 
     inputs: int = 0
     empty: int = 0
@@ -71,6 +71,8 @@ class Summary:
     """Why the run ended before its inputs did."""
     records: int = 0
     rows: int = 0
+    dropped: int = 0
+    """Good records that the user's function left out."""
     reasons: Counter[str] = field(default_factory=Counter[str])
     """Dead letters by reason, without the values that differ from record to record."""
     files: int = 0
@@ -159,6 +161,7 @@ class _Outcome:
 
     records: int
     rows: int
+    dropped: int
     reasons: Counter[str]
     files: int
     size: int
@@ -181,6 +184,7 @@ def _account(summary: Summary, task: _Task, result: _Outcome | _Failure) -> None
     if isinstance(result, _Outcome):
         summary.records += result.records
         summary.rows += result.rows
+        summary.dropped += result.dropped
         for reason, count in result.reasons.items():
             known = reason in summary.reasons or len(summary.reasons) < _MOST_REASONS
             summary.reasons[reason if known else "other reasons"] += count
@@ -398,11 +402,15 @@ class _Converter:
 
     def convert(self, task: _Task, text: _Text) -> _Outcome | _Failure | None:
         """Convert a block; the result is that of the block before."""
+        from d2p_pipeline.records.transform import TransformError
+
         writes: list[Future[None]] = []
         try:
             result = _convert(task, text, self._plan, lambda *file: writes.append(self._write(*file)))
         except _ChangedError as error:
             result = _Failure(str(error), fatal=False)
+        except TransformError as error:
+            result = _Failure(str(error), fatal=True)
         before = self.settle()
         self._last = result, writes
         return before
@@ -437,6 +445,8 @@ def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer
     from d2p_pipeline.records.dead_letter import DeadLetter
     from d2p_pipeline.records.fields import SCHEMA_VERSION
     from d2p_pipeline.records.parse import parse
+    from d2p_pipeline.records.sign import sign
+    from d2p_pipeline.records.transform import transform
     from d2p_pipeline.records.validate import validate
 
     def rejected(raw: bytes, reason: str, stage: Literal["parse", "validate"] = "parse") -> DeadLetter:
@@ -453,9 +463,10 @@ def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer
         *(rejected(broken.raw, broken.reason) for broken in task.breaks),
     ]
     records = parsed.lines + len(long) + len(task.breaks)
-    table = verdict.good
+    good = verdict.good
     # The text is as large as the rows, and has served.
     del lines, parsed, verdict
+    table = sign(transform(good, plan.rules), plan.rules)
     files = size = 0
     for key, hour, rows in split(table, plan.rules, task.received_at if plan.by_ingest_time else None):
         metadata = {
@@ -473,7 +484,7 @@ def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer
         lines = b"".join(letter.to_json() + b"\n" for letter in letters)
         write(f"{DEAD_LETTERS}/{task.batch}-{task.unit}.ndjson", lines)
     reasons = Counter(_kind(letter.reason) for letter in letters)
-    return _Outcome(records, table.num_rows, reasons, files, size)
+    return _Outcome(records, table.num_rows, good.num_rows - table.num_rows, reasons, files, size)
 
 
 def _read(task: _Task) -> bytes:

@@ -273,6 +273,35 @@ def test_partitions_of_ingest_time_are_those_of_the_inputs_last_change(directory
     assert "year=2023/month=11/day=14/hour=22" in str(path)
 
 
+# --- the user's step and the HMAC
+
+TRANSFORMS = "d2p_pipeline_tests.records.transforms"
+
+
+def test_rows_that_the_users_function_drops_are_neither_rows_nor_dead_letters(directory: Directory) -> None:
+    name = directory.put(b"\n".join([line("a"), line("b", level="debug"), b"bad"]))
+    plan = Plan(Rules(transform=f"{TRANSFORMS}:without_debug"), Encoding(), LocalStore(directory.root))
+    summary = convert([name], plan)
+    assert (summary.records, summary.rows, summary.dropped, summary.dead_letters) == (3, 1, 1, 1)
+    assert directory.messages() == ["a"]
+
+
+def test_a_function_that_fails_stops_the_run(directory: Directory) -> None:
+    plan = Plan(Rules(transform=f"{TRANSFORMS}:doubled"), Encoding(), LocalStore(directory.root))
+    summary = convert([directory.put(line("a"))], plan)
+    assert summary.stopped is not None
+    assert "doubled" in summary.stopped
+    assert summary.records == 0
+    assert not directory.root.exists()
+
+
+def test_rows_are_signed_where_there_is_a_key(directory: Directory) -> None:
+    directory.convert(line("a"), rules=Rules(hmac_key=b"key"))
+    with duckdb.connect() as connection:
+        query = f"SELECT hmac FROM read_parquet('{directory.root}/**/*.parquet')"
+        assert all(len(value) == 64 for (value,) in connection.execute(query).fetchall())
+
+
 # --- what stops a run
 
 
