@@ -15,6 +15,7 @@ from d2p_pipeline.cli.generate import generate
 from d2p_pipeline.cli.receive import receive
 from d2p_pipeline.cli.status import status
 from d2p_pipeline.cli.up import up
+from d2p_pipeline.cli.verify import verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -30,7 +31,7 @@ def root(version: bool = typer.Option(False, "--version", callback=_version, is_
     del version
 
 
-for command in (up, demo, receive, convert, generate, status, config):
+for command in (up, demo, receive, convert, generate, status, verify, config):
     app.command()(command)
 
 

@@ -18,6 +18,9 @@ from d2p_pipeline.records.rules import Rules
 
 Compression = Literal["snappy", "zstd", "gzip", "none"]
 
+FOOTER = ("d2p.batch", "d2p.unit", "d2p.key", "d2p.schema_version", "d2p.software")
+"""Keys that the footer of every file has."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HOUR = {"ms": 3_600_000, "us": 3_600_000_000, "ns": 3_600_000_000_000}
 
@@ -59,6 +62,7 @@ def encode(table: pa.Table, encoding: Encoding, metadata: Mapping[str, str]) -> 
         use_dictionary=True,
         write_statistics=True,
         write_page_index=True,
+        write_page_checksum=True,
         store_schema=False,
     ) as writer:
         for rows in _row_groups(table, encoding.row_group_bytes):
