@@ -1,23 +1,21 @@
 """From settings to parts: the only place that knows which setting feeds what.
 
-pyarrow is imported where files are written; a receiver never pays for it.
+Each part is imported where it is made, so that a conversion does without Redis and a receiver without a writer.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from d2p_pipeline.buffer.connect import check, connect
-from d2p_pipeline.buffer.embedded import EmbeddedRedis
-from d2p_pipeline.buffer.names import Names
-from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.records.rules import Rules
-from d2p_pipeline.settings import Settings
 
 if TYPE_CHECKING:
+    from d2p_pipeline.buffer.embedded import EmbeddedRedis
+    from d2p_pipeline.buffer.redis import RedisBuffer
     from d2p_pipeline.parquet.encode import Encoding
     from d2p_pipeline.parquet.s3 import Bucket
     from d2p_pipeline.parquet.store import Store
+    from d2p_pipeline.settings import Settings
 
 
 def rules(settings: Settings) -> Rules:
@@ -37,6 +35,8 @@ def rules(settings: Settings) -> Rules:
 
 def embedded(settings: Settings) -> EmbeddedRedis:
     """The server that stands in when no Redis is configured; `buffer_type = "mem"` runs it without persistence."""
+    from d2p_pipeline.buffer.embedded import EmbeddedRedis
+
     return EmbeddedRedis(settings.home / "redis", durable=settings.buffer_type == "redis")
 
 
@@ -47,6 +47,10 @@ def redis_url(settings: Settings) -> str:
 
 def open_buffer(settings: Settings) -> tuple[RedisBuffer, list[str]]:
     """The buffer after its start-up checks, and their warnings; raises RedisRefusedError."""
+    from d2p_pipeline.buffer.connect import check, connect
+    from d2p_pipeline.buffer.names import Names
+    from d2p_pipeline.buffer.redis import RedisBuffer
+
     url = redis_url(settings)
     client = connect(url, settings.redis_timeout or None)
     warnings = check(client, url)

@@ -48,12 +48,12 @@ class Decoded:
     untimed: set[int]
 
 
-def decode(lines: list[bytes], unit: TimestampUnit, shape: Shape = ()) -> Decoded:
-    """Decode lines of records that differ from the schema by `shape`.
+def decode(lines: list[bytes], unit: TimestampUnit, shape: Shape = (), text: bytes = b"") -> Decoded:
+    """Decode lines of records that differ from the schema by `shape`; `text`: the same lines in one, if at hand.
 
     The lines have no newlines, and no NUL, raw or escaped: the decoder aborts the process over one in an error message.
     """
-    text = b"\n".join((*lines, b""))
+    text = text or b"\n".join((*lines, b""))
     members = _members(shape)
     try:
         table = _decoder(members)(text)

@@ -16,6 +16,7 @@ pyarrow has no type information, hence `standard` above.
 import io
 import re
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,8 @@ _BLOCK = 4 << 20
 # Plain text decoded before it is checked: enough that the accounting's cost per call does not show.
 _BULK = 8 << 20
 _WORTH = 64 << 10
+# Lines screened in one call.
+_GROUP = 32
 # One in so many doubtful rows is no reason to look for another shape.
 _FEW = 20
 # Text checked at once: the checked objects of a block still fit into the processor's cache.
@@ -200,7 +203,7 @@ class _Parser:
         lines, numbers = text.split(b"\n")[:-1], None
         refused: dict[int, tuple[bytes, str]] = {}
         # A producer that sends what is no JSON sends more of it: its blocks need not fail first.
-        decoded = None if self._screens else self._in_shape(lines)
+        decoded = None if self._screens else self._in_shape(lines, text)
         if decoded is None:
             self._screens = True
             screened = self._screened(lines)
@@ -249,10 +252,10 @@ class _Parser:
     def _canonical(self, line: bytes) -> bytes:
         return self._normalizer.canonical(line).line
 
-    def _in_shape(self, lines: list[bytes]) -> bulk.Decoded | None:
+    def _in_shape(self, lines: list[bytes], text: bytes = b"") -> bulk.Decoded | None:
         """Decode lines in the shape that served before; where that leaves too much open, in that of a line left open."""
         try:
-            decoded = bulk.decode(lines, self._unit, self._shape)
+            decoded = bulk.decode(lines, self._unit, self._shape, text)
             if len(decoded.doubtful) * _FEW <= len(lines):
                 return decoded
             sample = lines[min(decoded.doubtful)]
@@ -262,7 +265,7 @@ class _Parser:
         if shape is None or shape == self._shape:
             return decoded
         try:
-            better = bulk.decode(lines, self._unit, shape)
+            better = bulk.decode(lines, self._unit, shape, text)
         except bulk.Undecided:
             return decoded
         if decoded and len(decoded.doubtful) < len(better.doubtful):
@@ -273,29 +276,46 @@ class _Parser:
     def _screened(self, lines: list[bytes]) -> tuple[list[bytes], list[int], dict[int, tuple[bytes, str]]] | None:
         """The lines that are JSON objects with their numbers, and the others that are not blank with what is wrong.
 
-        None when the normalizer takes a line that does not begin with its object: white space or a byte order mark does.
+        None when the normalizer takes a line that is no JSON as it stands: one with a byte order mark.
         """
         readable: list[bytes] = []
         numbers: list[int] = []
         refused: dict[int, tuple[bytes, str]] = {}
-        for number, line in enumerate(lines):
+        for start in range(0, len(lines), _GROUP):
+            group = lines[start : start + _GROUP]
             try:
-                if line[:1] == b"{":
-                    _skip(line)
-                    readable.append(line)
-                    numbers.append(number)
-                    continue
+                deque(map(_skip, group), maxlen=0)
             except msgspec.DecodeError:
-                pass  # the normalizer says why
-            if not line.removeprefix(BYTE_ORDER_MARK).strip(WHITESPACE):
-                continue
-            try:
-                self._normalizer.canonical(line)
-            except Rejected as error:
-                refused[number] = (line, error.reason)
+                if not self._screen_each(group, start, readable, numbers, refused):
+                    return None
             else:
-                return None
+                readable.extend(group)
+                numbers.extend(range(start, start + len(group)))
         return readable, numbers, refused
+
+    def _screen_each(
+        self,
+        lines: list[bytes],
+        first: int,
+        readable: list[bytes],
+        numbers: list[int],
+        refused: dict[int, tuple[bytes, str]],
+    ) -> bool:
+        for number, line in enumerate(lines, first):
+            try:
+                _skip(line)
+            except msgspec.DecodeError:
+                if not line.removeprefix(BYTE_ORDER_MARK).strip(WHITESPACE):
+                    continue
+                try:
+                    self._normalizer.canonical(line)
+                except Rejected as error:
+                    refused[number] = (line, error.reason)
+                    continue
+                return False
+            readable.append(line)
+            numbers.append(number)
+        return True
 
     def _merged(self, table: pa.Table, mended: dict[int, bytes], dropped: Container[int]) -> pa.Table | None:
         """The table with the rows of mended lines in place of theirs, without the dropped ones; None if that fails."""
@@ -420,7 +440,11 @@ class _Parser:
         self.rejects.append(letter)
 
 
-_skip = msgspec.json.Decoder(msgspec.Raw).decode
+class _AnyObject(msgspec.Struct, gc=False):
+    """Whatever is an object; its members are looked over and let go."""
+
+
+_skip = msgspec.json.Decoder(_AnyObject).decode
 
 
 def _blocks(body: bytes, size: int) -> Iterator[bytes]:
