@@ -18,6 +18,9 @@ import pytest
 from redis import Redis
 
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline_tests.fixtures.s3 import REGION, Service
+from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
+from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
 from d2p_pipeline_tests.pipeline import line
 
 pytestmark = pytest.mark.timeout(240)
@@ -196,6 +199,45 @@ def test_a_failed_delivery_heals_by_itself_when_its_cause_goes(start: Start) -> 
     until(lambda: partitions_in_recovery(system))
     blocked.unlink()
     until(lambda: system.messages() == ["once"])
+
+
+def test_the_whole_system_writes_to_s3_under_an_assumed_role_and_shows_no_secret(
+    start: Start, s3_service: Service, aws_environment: None
+) -> None:
+    bucket = s3_service.bucket()
+    system = start(
+        writer_type="aws-s3",
+        s3_bucket_name=bucket,
+        s3_prefix="logs",
+        s3_region=REGION,
+        s3_endpoint=s3_service.url,
+        s3_role_arn="arn:aws:iam::123456789012:role/d2p",
+        s3_sts_endpoint=s3_service.url,
+        flush_interval="1",
+        tokens="a-token-nobody-sees",
+    ).wait()
+    answer = httpx.post(
+        f"http://127.0.0.1:{system.port}/records",
+        content=line("payments", "to S3"),
+        headers={"authorization": "Bearer a-token-nobody-sees"},
+    )
+    assert answer.json()["accepted"] == 1
+    [key] = until(lambda: [key for key in s3_service.keys(bucket) if key.endswith(".parquet")])
+    assert key.startswith("logs/capability=payments/year=2026/month=11/day=21/hour=10/")
+    query = "{runsOrError {... on Runs {results {runConfigYaml tags {key value}}}}}"
+    shown = json.dumps(system.graphql(query)) + "".join(
+        log.read_text(errors="replace") for log in [system.log, *(system.directory / ".d2p/logs").iterdir()]
+    )
+    for secret in ("a-token-nobody-sees", os.environ["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in shown
+    assert system.stop() == 0
+
+
+def test_a_target_that_cannot_be_written_is_said_at_the_start(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    system = start(writer_file_path=str(tmp_path / "file"))
+    assert system.process.wait(60) == 2
+    assert f"files cannot be written to {tmp_path / 'file'}" in system.log.read_text()
 
 
 def test_demo_balances_its_books(tmp_path: Path) -> None:
