@@ -1,0 +1,250 @@
+"""Run the benchmarks and print their tables.
+
+Every contender is a whole process, start and imports included; contenders of a table take turns (A B A B …), and the table
+shows medians. Ratios are to contenders of the same run: they stay the same on a busy machine where seconds do not.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.data import DIRECTORY, Data
+from benchmarks.flush import KEY
+from benchmarks.measure import Contender, Cost, measure, run
+
+CORES = os.cpu_count() or 1
+_OUT = DIRECTORY / "out"
+_CLI = [sys.executable, "-c", "from d2p_pipeline.cli.main import main; main()"]
+_REJECTED = 1  # d2p's exit code where records were
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contenders that took turns. Wall time and CPU are compared with one of them each."""
+
+    title: str
+    records: int
+    wall_of: str
+    cpu_of: str
+    costs: dict[str, Cost | None]
+
+    def ratios(self, name: str) -> tuple[float, float] | None:
+        """Wall time and CPU as multiples of the references'; None where one of them is not installed."""
+        cost, wall, cpu = self.costs[name], self.costs[self.wall_of], self.costs[self.cpu_of]
+        return (cost.wall / wall.wall, cost.cpu / cpu.cpu) if cost and wall and cpu else None
+
+
+def main() -> None:
+    options = _options()
+    for name in [name for name in os.environ if name.startswith("D2P_")]:
+        del os.environ[name]
+    groups: list[Group] = []
+    alone: dict[str, dict[str, float]] = {}
+    for name in options.only or [*SUITES, "alone"]:
+        if name == "alone":
+            alone = _alone(options.records, options.runs)
+            _print_alone(alone, options.json)
+        else:
+            group = SUITES[name](options)
+            groups.append(group)
+            _print(group, options.json)
+    if options.json:
+        described = [asdict(group) | {"ratios": {name: group.ratios(name) for name in group.costs}} for group in groups]
+        print(json.dumps({"cores": CORES, "runs": options.runs, "groups": described, "alone": alone}, indent=2))
+
+
+class Options(argparse.Namespace):
+    """The command line."""
+
+    records: int
+    d2p_records: int
+    flush_records: int
+    runs: int
+    only: list[str]
+    json: bool
+
+
+def _options() -> Options:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("--records", type=int, default=200_000, help="canonical records (%(default)s)")
+    parser.add_argument("--d2p-records", type=int, default=100_000, help="records of profile d2p (%(default)s)")
+    parser.add_argument("--flush-records", type=int, default=1_000_000, help="buffered records (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each contender (%(default)s)")
+    parser.add_argument("--only", action="append", choices=[*SUITES, "alone"], help="one table; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser.parse_args(namespace=Options())
+
+
+# --- what is compared
+
+
+def _convert(options: Options) -> Group:
+    data = _made(Data(options.records))
+    contenders = [
+        _d2p("d2p convert, 1 job", data, jobs=1),
+        _d2p("d2p convert, 2 jobs", data, jobs=2),
+        _other("bare", data, 1),
+        *(_other("duckdb", data, threads) for threads in (1, 2)),
+        *(_other(name, data, 2) for name in ("polars", "pyarrow", "chdb")),
+    ]
+    return Group(
+        f"{options.records:,} canonical records, 8 keys, {_size(data)}",
+        options.records,
+        wall_of="duckdb, 2 threads",
+        cpu_of="bare",
+        costs=measure(contenders, options.runs),
+    )
+
+
+def _variants(options: Options) -> Group:
+    contenders = [
+        _d2p("all canonical", _made(Data(options.records)), jobs=1),
+        _d2p("1 % bad", _made(Data(options.records, bad_ratio=0.01)), jobs=1),
+        _d2p("one unknown field in every record", _made(Data(options.records, extra_field=True)), jobs=1),
+    ]
+    costs = measure(contenders, options.runs)
+    first = contenders[0].name
+    return Group(f"d2p convert, 1 job, {options.records:,} records that differ", options.records, first, first, costs)
+
+
+def _profile(options: Options) -> Group:
+    data = _made(Data(options.d2p_records, profile="d2p"))
+    contenders = [
+        _d2p("d2p convert, 1 job", data, jobs=1),
+        _d2p("d2p convert, 2 jobs", data, jobs=2),
+        _other("bare", data, 1),
+        _other("duckdb", data, 2),
+    ]
+    return Group(
+        f"{options.d2p_records:,} records of profile d2p, {_size(data)}",
+        options.d2p_records,
+        wall_of=contenders[0].name,
+        cpu_of="bare",
+        costs=measure(contenders, options.runs),
+    )
+
+
+def _flush(options: Options) -> Group:
+    from d2p_pipeline.buffer.embedded import EmbeddedRedis
+
+    data = _made(Data(options.flush_records, keys=1))
+    with tempfile.TemporaryDirectory() as directory, EmbeddedRedis(Path(directory), durable=False) as server:
+        environment = {"D2P_REDIS_URL": server.url, "D2P_WRITER_FILE_PATH": str(_OUT)}
+
+        def fill() -> None:
+            _emptied()
+            run(Contender("fill", _module("flush", "fill", str(data.path)), environment))
+
+        flush = Contender("flush", _module("flush", "run"), environment, before=fill)
+        convert = _d2p("d2p convert, 1 job", data, jobs=1)
+        costs = measure([flush, convert], options.runs)
+    if (cost := costs[flush.name]) and cost.said["records"] != options.flush_records:
+        sys.exit(f"the flush delivered {cost.said['records']} of {options.flush_records} records")
+    title = f"flush job, {options.flush_records:,} buffered records of {KEY}, {_size(data)}"
+    return Group(title, options.flush_records, convert.name, convert.name, costs)
+
+
+def _alone(records: int, runs: int) -> dict[str, dict[str, float]]:
+    """Steps and small files: medians of the medians that each process found."""
+    said: list[dict[str, dict[str, float]]] = []
+    contender = Contender("steps", _module("steps", str(_made(Data(records)).path)))
+    for _ in range(runs):
+        cost = run(contender)
+        assert cost
+        said.append(cost.said)
+    return {
+        table: {name: statistics.median(one[table][name] for one in said) for name in said[0][table]}
+        for table in said[0]
+    }
+
+
+SUITES: dict[str, Callable[[Options], Group]] = {
+    "convert": _convert,
+    "variants": _variants,
+    "profile": _profile,
+    "flush": _flush,
+}
+
+
+# --- contenders
+
+
+def _d2p(name: str, data: Data, *, jobs: int) -> Contender:
+    command = [*_CLI, "convert", str(data.path), "--out", str(_OUT), "--jobs", str(jobs), "--json"]
+    return Contender(name, command, before=_emptied, exit_codes=(_REJECTED if data.bad_ratio else 0,))
+
+
+def _other(name: str, data: Data, threads: int) -> Contender:
+    shown = name if name == "bare" else f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    command = _module("contenders", name, str(data.path), str(_OUT), str(threads))
+    environment = {"POLARS_MAX_THREADS": str(threads)} if name == "polars" else {}
+    return Contender(shown, command, environment, before=_emptied)
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+
+
+def _made(data: Data) -> Data:
+    run(Contender("data", _module("data", *data.arguments)))
+    return data
+
+
+def _emptied() -> None:
+    shutil.rmtree(_OUT, ignore_errors=True)
+
+
+def _size(data: Data) -> str:
+    return f"{data.path.stat().st_size / 1e6:,.0f} MB"
+
+
+# --- tables
+
+
+def _print(group: Group, as_json: bool) -> None:
+    columns = ("wall s", "CPU s", "peak MiB", "records/s", f"wall ÷ {group.wall_of}", f"CPU ÷ {group.cpu_of}")
+    rows: list[tuple[str, ...]] = []
+    for name, cost in group.costs.items():
+        if cost is None:
+            rows.append((name, "not installed"))
+            continue
+        ratios = group.ratios(name)
+        numbers = (
+            f"{cost.wall:.2f}",
+            f"{cost.cpu:.2f}",
+            f"{cost.peak / 2**20:,.0f}",
+            f"{group.records / cost.wall:,.0f}",
+        )
+        rows.append((name, *numbers, *(f"{ratio:.2f}" for ratio in ratios or ())))
+    _table(group.title, columns, rows, as_json)
+
+
+def _print_alone(alone: dict[str, dict[str, float]], as_json: bool) -> None:
+    rows = [(name, f"{seconds:.3f} CPU s per 100,000 records") for name, seconds in alone["steps"].items()]
+    rows += [(f"10,000 small rows, {name}", f"{us:,.0f} µs") for name, us in alone["encode_small"].items()]
+    _table("Steps alone", ("",), rows, as_json)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], as_json: bool) -> None:
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column(no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    # Where the standard output is for a program, people see the tables beside it.
+    Console(stderr=as_json, width=None if sys.stdout.isatty() else 140).print(table)
+
+
+if __name__ == "__main__":
+    main()

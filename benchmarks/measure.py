@@ -1,0 +1,126 @@
+"""What a whole process costs, and the medians of several: contenders run in turn, so that a disturbance hits all of them."""
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NOT_INSTALLED = 3
+"""Exit code of a contender whose library is not there."""
+
+_LOOK = 0.02  # seconds between two looks at the memory of a process's children
+
+
+class ContenderError(Exception):
+    """A contender ended with another exit code than it should."""
+
+    def __init__(self, name: str, code: int, said: str) -> None:
+        super().__init__(f"{name} ended with exit code {code}:\n{said}")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A program to measure; `before` is called ahead of each run and is not measured."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    before: Callable[[], None] = lambda: None
+    exit_codes: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one process and its children, or medians of such: seconds, seconds, bytes. `said` is the JSON it printed."""
+
+    wall: float
+    cpu: float
+    peak: int
+    said: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def measure(contenders: Sequence[Contender], runs: int) -> dict[str, Cost | None]:
+    """Medians by name, None for what is not installed."""
+    costs: dict[str, list[Cost]] = {contender.name: [] for contender in contenders}
+    missing: set[str] = set()
+    for _ in range(runs):
+        for contender in contenders:
+            if contender.name in missing:
+                continue
+            contender.before()
+            cost = run(contender)
+            if cost is None:
+                missing.add(contender.name)
+            else:
+                costs[contender.name].append(cost)
+    return {name: None if name in missing else _median(some) for name, some in costs.items()}
+
+
+def run(contender: Contender) -> Cost | None:
+    """Run once; None if its library is not installed."""
+    # Nothing large may be allocated in this process: Linux counts what it holds as the peak of what it starts.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        os.sync()
+        began = time.monotonic()
+        process = subprocess.Popen(contender.command, env=os.environ | contender.environment, stdout=out, stderr=errors)
+        children = _Children(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.monotonic() - began
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+        peak = usage.ru_maxrss * 1024
+        together = children.stop()
+        if code == NOT_INSTALLED:
+            return None
+        if code not in contender.exit_codes:
+            errors.seek(0)
+            raise ContenderError(contender.name, code, errors.read().decode())
+        out.seek(0)
+        said = out.read()
+    return Cost(
+        wall, usage.ru_utime + usage.ru_stime, max(peak, together), json.loads(said) if said[:1] == b"{" else {}
+    )
+
+
+def _median(costs: Sequence[Cost]) -> Cost:
+    by_wall = sorted(costs, key=lambda cost: cost.wall)
+    return Cost(
+        wall=statistics.median(cost.wall for cost in costs),
+        cpu=statistics.median(cost.cpu for cost in costs),
+        peak=max(cost.peak for cost in costs),
+        said=by_wall[len(costs) // 2].said,
+    )
+
+
+class _Children:
+    """The peaks of a process and its children added up, which is at least what they took together."""
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+        self._peaks: dict[int, int] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._ended.set()
+        self._thread.join()
+        return sum(self._peaks.values())
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_LOOK):
+            try:
+                children = Path(f"/proc/{self._process}/task/{self._process}/children").read_text()
+                for process in (self._process, *map(int, children.split())):
+                    status = Path(f"/proc/{process}/status").read_text()
+                    _, _, found = status.partition("VmHWM:")
+                    if found:
+                        self._peaks[process] = int(found.split()[0]) * 1024
+            except OSError:
+                continue  # one of them has ended, or this is not Linux: wait4 tells the peak of the largest
