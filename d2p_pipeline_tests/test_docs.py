@@ -38,4 +38,4 @@ def test_the_names_in_redis_are_documented() -> None:
     names = Names()
     for name in (names.data, names.dlq):
         assert f"`{name}:{{key}}`" in text
-    assert f"`{names.keys}`, `{names.batches}`" in text
+    assert f"`{names.keys}`, `{names.batches}`, `{names.recovery}`" in text

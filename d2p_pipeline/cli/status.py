@@ -20,32 +20,44 @@ def status(
         for warning in warnings:
             typer.echo(warning, err=True)
         keys = _keys(buffer)
+        recovery = [_failure(batch) for batch in buffer.recovering()]
     if as_json:
         import msgspec
 
-        typer.echo(msgspec.json.format(msgspec.json.encode({"keys": keys})).decode())
+        typer.echo(msgspec.json.format(msgspec.json.encode({"keys": keys, "recovery": recovery})).decode())
         return
     if not keys:
         typer.echo("No records yet.")
         return
     _print(keys)
+    for failure in recovery:
+        typer.echo(
+            f"in recovery: batch {failure['batch']} of {failure['key']!r}, failed {failure['failures']} times: {failure['error']}"
+        )
+
+
+def _failure(batch: Any) -> dict[str, Any]:
+    return {"batch": batch.id, "key": batch.key, "failures": batch.failures, "error": batch.error}
 
 
 def _keys(buffer: Any) -> dict[str, dict[str, Any]]:
-    """Per key: buffered and in batches (records), rows, dead letters, accepted, and the oldest record's age in seconds."""
+    """Per key: buffered, in batches and in recovery (records), rows, dead letters, accepted, and the oldest record's age in seconds."""
     now = buffer.now()
     keys: dict[str, dict[str, Any]] = {}
 
     def of(key: str) -> dict[str, Any]:
-        empty = {"accepted": 0, "buffered": 0, "bytes": 0, "batches": 0, "in_batches": 0, "rows": 0, "dead_letters": 0}
+        empty = dict.fromkeys(
+            ("accepted", "buffered", "bytes", "batches", "in_batches", "in_recovery", "rows", "dead_letters"), 0
+        )
         return keys.setdefault(key, {**empty, "oldest_seconds": 0.0})
 
     for key, totals in buffer.totals():
         of(key).update(accepted=totals.accepted, rows=totals.rows, dead_letters=totals.dead_letters)
-    for batch in buffer.open_batches():
+    for batch in (*buffer.open_batches(), *buffer.recovering()):
         entry = of(batch.key)
         entry["batches"] += 1
-        entry["in_batches"] += batch.records - batch.rows - batch.dead_letters
+        place = "in_recovery" if batch.state == "recovery" else "in_batches"
+        entry[place] += max(0, batch.records - batch.rows - batch.dead_letters)
         entry["oldest_seconds"] = max(entry["oldest_seconds"], (now - batch.first) / 1000)
     for state in buffer.waiting():
         entry = of(state.key)
@@ -60,7 +72,7 @@ def _print(keys: dict[str, dict[str, Any]]) -> None:
 
     table = Table(box=None, header_style="bold")
     table.add_column("key", overflow="fold")
-    columns = ["accepted", "buffered", "in_batches", "rows", "dead_letters", "batches", "oldest_seconds"]
+    columns = ["accepted", "buffered", "in_batches", "in_recovery", "rows", "dead_letters", "batches", "oldest_seconds"]
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for key, entry in keys.items():

@@ -18,6 +18,9 @@ import pytest
 from redis import Redis
 
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline.buffer.names import Names
+from d2p_pipeline.buffer.protocol import Seal
+from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline_tests.fixtures.s3 import REGION, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
@@ -268,3 +271,10 @@ def test_status_shows_what_waits(tmp_path: Path, redis_server: EmbeddedRedis, re
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     status = json.loads(done.stdout)
     assert status["keys"]["payments"]["buffered"] == 2
+    buffer = RedisBuffer(redis_client, Names(), full_records=10, full_bytes=1000)
+    [batch] = buffer.seal([Seal("payments", "B1", "age")])
+    claim = buffer.claim(batch.ref, "run", 1000)
+    assert claim
+    buffer.fail(claim, "disk full")
+    done = subprocess.run(command[:-1], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "in recovery: batch B1 of 'payments', failed 1 times: disk full" in done.stdout.replace("\n", " ")
