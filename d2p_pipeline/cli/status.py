@@ -41,7 +41,7 @@ def _failure(batch: Any) -> dict[str, Any]:
 
 
 def _keys(buffer: Any) -> dict[str, dict[str, Any]]:
-    """Per key: buffered, in batches and in recovery (records), rows, dead letters, accepted, and the oldest record's age in seconds."""
+    """Per key: records buffered, in batches and in recovery, rows, dead letters, accepted; age of the oldest in seconds."""
     now = buffer.now()
     keys: dict[str, dict[str, Any]] = {}
 
