@@ -247,7 +247,7 @@ def acknowledge(
             units=part.units,
             rows=table.num_rows,
             rejected=len(letters) + dropped,
-            dead_letters=[letter.to_json() for letter in letters] if keep_dead_letters else [],
+            dead_letters=_stored(part, letters) if keep_dead_letters else [],
         )
         if answer == "complete":
             leases.drop(part.claim.batch)
@@ -262,3 +262,9 @@ def acknowledge(
 PREVIEW_ROWS = 3
 DROPPED = "dropped by transform"
 """The reason of rows that the user's function left out: counted as rejected, and kept nowhere."""
+
+
+def _stored(part: Part, letters: Sequence[DeadLetter]) -> list[bytes]:
+    """Letters as they are kept, each with an id that is the same in every attempt."""
+    name = f"{part.claim.batch.id}-{part.number}"
+    return [msgspec.structs.replace(letter, id=f"{name}-{number}").to_json() for number, letter in enumerate(letters)]

@@ -78,7 +78,9 @@ class MemoryBuffer:
 
     def _count(self, key: str, *, accepted: int = 0, rows: int = 0, dead_letters: int = 0) -> None:
         old = self._totals.get(key, Totals(0, 0, 0))
-        self._totals[key] = Totals(old.accepted + accepted, old.rows + rows, old.dead_letters + dead_letters)
+        self._totals[key] = Totals(
+            old.accepted + accepted, old.rows + rows, old.dead_letters + dead_letters, old.discarded
+        )
 
     def check_writable(self) -> None:
         pass
@@ -259,6 +261,21 @@ class MemoryBuffer:
     def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
         with self._lock:
             return self._dead_letters.get(key, [])[start:stop]
+
+    def remove_dead_letters(self, key: str, letters: Sequence[bytes], *, discarded: bool) -> int:
+        with self._lock:
+            queue = self._dead_letters.get(key, [])
+            removed = 0
+            for letter in letters:
+                if letter in queue:
+                    queue.remove(letter)
+                    removed += 1
+            old = self._totals.get(key, Totals(0, 0, 0))
+            accepted = old.accepted if discarded else old.accepted - removed
+            self._totals[key] = Totals(
+                accepted, old.rows, old.dead_letters - removed, old.discarded + (removed if discarded else 0)
+            )
+            return removed
 
     def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
         with self._lock:

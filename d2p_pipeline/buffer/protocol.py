@@ -96,11 +96,12 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What a key ever accepted, wrote to files and rejected; accepted = rows + dead_letters + what still waits."""
+    """What became of a key's records: accepted = rows + dead_letters + discarded + what still waits."""
 
     accepted: int
     rows: int
     dead_letters: int
+    discarded: int = 0
 
 
 class ClaimLostError(Exception):
@@ -213,6 +214,10 @@ class Buffer(Protocol):
 
     def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
         """Dead letters `start` to `stop` (exclusive; None: the last) of a key, oldest first."""
+        ...
+
+    def remove_dead_letters(self, key: str, letters: Sequence[bytes], *, discarded: bool) -> int:
+        """Take letters out of a queue: discarded, or replayed and so counted again; returns how many were there."""
         ...
 
     def dead_letter_keys(self) -> Iterator[tuple[str, int]]:

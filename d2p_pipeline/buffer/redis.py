@@ -258,13 +258,18 @@ class RedisBuffer:
     def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
         return self._one("LRANGE", self._names.of(self._names.dlq, key), start, -1 if stop is None else stop - 1)
 
+    def remove_dead_letters(self, key: str, letters: Sequence[bytes], *, discarded: bool) -> int:
+        keys = [self._names.of(self._names.dlq, key), self._names.of("totals", key)]
+        [removed] = self._run([_Call("remove", keys, [int(discarded), *letters])])
+        return removed
+
     def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
         for key, name in self._keys_of(self._names.dlq):
             yield key, self._one("LLEN", name)
 
     def totals(self) -> Iterator[tuple[str, Totals]]:
         for key, name in self._keys_of("totals"):
-            values = self._one("HMGET", name, "accepted", "rows", "dead_letters")
+            values = self._one("HMGET", name, "accepted", "rows", "dead_letters", "discarded")
             yield key, Totals(*(int(value or 0) for value in values))
 
     def _keys_of(self, prefix: str) -> Iterator[tuple[str, bytes]]:

@@ -10,6 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
+
+import msgspec
 
 from d2p_pipeline.buffer.protocol import Buffer, Push
 from d2p_pipeline.records import chunk
@@ -90,9 +93,10 @@ def pushes(requests: Sequence[Request], name: str, window: int, *, keep_dead_let
         for number, part in enumerate(_parts(every)):
             size = sum(map(len, part)) + len(part)
             yield Push(key, f"{name}-{number}", window, chunk.encode(part, now), len(part), size)
+    number = count()
     for key, letters in dead_letters.items():
-        kept = [letter.to_json() for letter in letters] if keep_dead_letters else []
-        yield Push(key, f"{name}-dead", window, rejected=len(letters), dead_letters=kept)
+        kept = [msgspec.structs.replace(letter, id=f"{name}-{next(number)}").to_json() for letter in letters]
+        yield Push(key, f"{name}-dead", window, rejected=len(letters), dead_letters=kept if keep_dead_letters else [])
 
 
 def _parts(lines: list[bytes]) -> Iterator[list[bytes]]:

@@ -26,7 +26,8 @@ class Rejected(Exception):
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """`raw` is the record as received, or a whole chunk where not even lines could be told apart.
 
-    `received_at` is in milliseconds since the epoch. `history` holds the reasons of earlier rejections, oldest first.
+    `received_at` is in milliseconds since the epoch. `history` holds the reasons of earlier rejections, oldest first. `id`
+    tells it from another letter with the same content; whoever stores letters gives them one.
     """
 
     reason: str
@@ -35,6 +36,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     raw: bytes
     batch: str | None = None
     history: tuple[str, ...] = ()
+    id: str = ""
 
     def to_json(self) -> bytes:
         """`{"reason", "stage", "received_at", "batch", "raw"}`, with `raw_base64` for `raw` that is not UTF-8."""
@@ -44,7 +46,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
             text, base64_text = None, base64.b64encode(self.raw).decode("ascii")
         received_at = _EPOCH + timedelta(milliseconds=self.received_at)
         return msgspec.json.encode(
-            _Wire(self.reason, self.stage, received_at, self.batch, text, base64_text, self.history or None)
+            _Wire(self.reason, self.stage, received_at, self.batch, text, base64_text, self.history or None, self.id)
         )
 
     @classmethod
@@ -64,6 +66,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
             raw=raw,
             batch=wire.batch,
             history=wire.history or (),
+            id=wire.id,
         )
 
 
@@ -75,6 +78,7 @@ class _Wire(msgspec.Struct, omit_defaults=True):
     raw: str | None = None
     raw_base64: str | None = None
     history: tuple[str, ...] | None = None
+    id: str = ""
 
 
 _decode_wire = msgspec.json.Decoder(_Wire).decode
