@@ -330,6 +330,8 @@ class Settings(BaseSettings):
     """Deliver batches in recovery again without being asked."""
     recovery_attempts: CountOrNone = 3
     """Automatic deliveries of a batch in recovery before it waits for a person."""
+    lag_limit: Seconds = 900.0
+    """Seconds that a record may wait for its file before the check `oldest_record` turns red."""
     recovery_delay: Seconds = 60.0
     """Seconds before the first automatic delivery; doubled for each further one, up to an hour."""
 

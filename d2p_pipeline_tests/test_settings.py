@@ -154,6 +154,7 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "try_auto_recover": st.booleans(),
     "recovery_attempts": whole_or_zero,
     "recovery_delay": seconds,
+    "lag_limit": seconds,
     "writer_type": st.sampled_from(["file", "aws-s3"]),
     "writer_file_path": path,
     "writer_url": st.sampled_from(["gs://bucket/files", "abfs://c@a.dfs.core.windows.net/files", "memory://files"]),

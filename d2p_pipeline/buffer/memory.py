@@ -104,7 +104,7 @@ class MemoryBuffer:
         with self._lock:
             return iter(
                 [
-                    BufferState(key, waiting.records, waiting.size, len(waiting.chunks), waiting.first)
+                    BufferState(key, waiting.records, waiting.size, len(waiting.chunks), waiting.first, waiting.records)
                     for key, waiting in self._waiting.items()
                 ]
             )

@@ -41,6 +41,8 @@ class BufferState(msgspec.Struct, frozen=True):
     size: int
     chunks: int
     first: int
+    counted: int = 0
+    """The records among them that `push` counted."""
 
 
 class Batch(msgspec.Struct, frozen=True):

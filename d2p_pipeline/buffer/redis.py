@@ -139,7 +139,7 @@ class RedisBuffer:
             records, size, pushed, first = (int(value or 0) for value in stats)
             if chunks > pushed:  # Redis can only estimate what a foreign producer pushed
                 size = max(size, self._one("MEMORY USAGE", of(self._names.data, key)) or 0)
-            states.append(BufferState(key, records + max(0, chunks - pushed), size, chunks, first or now))
+            states.append(BufferState(key, records + max(0, chunks - pushed), size, chunks, first or now, records))
         return states
 
     def seal(self, seals: Sequence[Seal]) -> list[Batch]:

@@ -1,7 +1,9 @@
-"""`periodic_flush`: everything that waits, at the times of the setting `flush_cron`, whatever the buffer sensor would say."""
+"""What runs by the clock: `periodic_flush` at the times of the setting `flush_cron`, and a look at books and dead letters."""
 
 import dagster as dg
 
+from d2p_pipeline.orchestration.assets import parquet_files
+from d2p_pipeline.orchestration.dead_letters import dead_letters
 from d2p_pipeline.orchestration.flush import flush
 from d2p_pipeline.orchestration.sensor import parts
 
@@ -27,3 +29,22 @@ def periodic_flush(cron: str) -> dg.ScheduleDefinition:
         )
 
     return schedule
+
+
+inspect = dg.define_asset_job(
+    "inspect",
+    selection=dg.AssetSelection.assets(dead_letters)
+    | dg.AssetSelection.checks(
+        *(dg.AssetCheckKey(parquet_files.key, name) for name in ("books_balance", "oldest_record"))
+    ),
+    executor_def=dg.in_process_executor,
+    description="Counts the dead letters and checks the books.",
+)
+
+inspection = dg.ScheduleDefinition(
+    name="inspection",
+    job=inspect,
+    cron_schedule="*/15 * * * *",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description="Keeps the counts of dead letters and the asset checks fresh.",
+)
