@@ -182,8 +182,9 @@ def check(text: Text, rules: Rules) -> Rows:
         parse(chunks, rules, received_at=part.first, batch=part.claim.batch.id)
         for part, chunks in zip(text.unit.parts, text.chunks, strict=True)
     ]
-    verdict = validate(pa.concat_tables([part.table for part in parsed]), rules)
-    reasons = dict(verdict.bad)
+    # The columns of dynamic records may differ from part to part, and they are validated already.
+    is_log = rules.record_type == "log"
+    reasons = dict(validate(pa.concat_tables([part.table for part in parsed]), rules).bad) if is_log else {}
     tables: list[pa.Table] = []
     dead_letters: list[list[DeadLetter]] = []
     dropped: list[int] = []

@@ -30,6 +30,8 @@ def rules(settings: Settings) -> Rules:
         column_names=settings.column_names,
         hmac_key=settings.hmac_key.get_secret_value().encode() if settings.use_hmac and settings.hmac_key else None,
         transform=settings.transform,
+        time_field=settings.time_field,
+        json_schema=settings.json_schema_path.read_text("utf-8-sig") if settings.json_schema_path else None,
     )
 
 

@@ -19,10 +19,10 @@ from granian.rsgi import Scope
 from d2p_pipeline.buffer.protocol import Buffer, BufferFullError, BufferUnavailableError
 from d2p_pipeline.ingest.bodies import BodyError, records
 from d2p_pipeline.ingest.commit import GroupCommit, Request
+from d2p_pipeline.records.accept import acceptor
 from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
 from d2p_pipeline.records.key import key_of
-from d2p_pipeline.records.normalize import Normalizer
 from d2p_pipeline.records.rules import Rules
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Receiver:
         keep_dead_letters: bool = True,
     ) -> None:
         self._buffer = buffer
-        self._normalizer = Normalizer(rules)
+        self._acceptor = acceptor(rules)
         self._rules = rules
         self._unknown_key = rules.default_capability or UNKNOWN_KEY
         self._tokens = [f"Bearer {token}".encode() for token in tokens]
@@ -184,7 +184,7 @@ class Receiver:
     def _accept(self, raw: bytes, request: Request) -> None:
         if len(raw) > self._max_record_bytes:
             raise Rejected(f"the record has {len(raw)} bytes, more than max_record_bytes ({self._max_record_bytes})")
-        canonical = self._normalizer.canonical(raw)
+        canonical = self._acceptor.canonical(raw)
         lines = request.lines.get(canonical.key)
         if lines is None:
             lines = request.lines[canonical.key] = []

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2p_pipeline.records.fields import column_name
+from d2p_pipeline.records.place import places
 from d2p_pipeline.records.rules import Rules
 
 Compression = Literal["snappy", "zstd", "gzip", "none"]
@@ -73,13 +73,12 @@ def encode(table: pa.Table, encoding: Encoding, metadata: Mapping[str, str]) -> 
 
 def _labels(table: pa.Table, rules: Rules, ingested_at: int | None) -> pl.DataFrame:
     """Key and hour (since the epoch) of every row."""
-    key_columns = [column_name(name, rules.column_names) for name in rules.key_fields]
-    frame = pl.DataFrame(pl.from_arrow(table.select(["time", *key_columns])))
+    frame = places(table, rules)
     if ingested_at is None:
         hour = pl.col("time").to_physical() // _HOUR[rules.timestamp_unit]
     else:
         hour = pl.lit(ingested_at // _HOUR["ms"])
-    return frame.select(key=pl.concat_str(key_columns, separator=":"), hour=hour)
+    return frame.select("key", hour=hour)
 
 
 def _row_groups(table: pa.Table, limit: int) -> Iterator[pa.Table]:

@@ -8,12 +8,11 @@ the fields; what looks like `"name": value` is masked there, which is the best t
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Literal
 
 import msgspec
 
 from d2p_pipeline.records.fields import BY_NAME, normalize_name, spellings, target_name
-from d2p_pipeline.records.rules import Rules
+from d2p_pipeline.records.rules import Fate, Rules
 
 _MASK = b'"*"'
 
@@ -25,9 +24,8 @@ _TO_BRACKET = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _string = msgspec.json.Decoder(str).decode
 
-Fate = Literal["keep", "drop", "mask"]
-_Judge = Callable[[str, bool], "Fate | _Judge"]
-"""What becomes of a member, by its name and whether its value is an object; a judge if that object's members decide."""
+_Judge = Callable[[str, bytes], "Fate | _Judge"]
+"""What becomes of a member, by its name and the first byte of its value; a judge if the members of that value decide."""
 
 
 def conceal(raw: bytes, rules: Rules) -> bytes:
@@ -36,35 +34,54 @@ def conceal(raw: bytes, rules: Rules) -> bytes:
     if not hidden:
         return raw
     start = raw.find(b"{")
+    judge = _log_judge(rules) if rules.record_type == "log" else _dynamic_judge(rules)
     try:
         _object(raw[start:])
-        return raw[:start] + _rewritten(raw, start, _record_judge(rules))
+        return raw[:start] + _rewritten(raw, start, judge)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _guessed(raw, hidden)
 
 
+def may_hide(text: bytes, rules: Rules) -> bool:
+    """Whether `text`, JSON of dynamic records, may hold a hidden name; False is certain, and quick."""
+    hidden = rules.ignored_fields | rules.masked_fields
+    return bool(hidden) and (b"\\" in text or _any_of(hidden).search(text) is not None)
+
+
 @cache
-def _record_judge(rules: Rules) -> _Judge:
+def _log_judge(rules: Rules) -> _Judge:
     """For the fields of a log record; what is unknown shares the fate of `extra-fields`, where it would have gone."""
 
     def fate_of(name: str) -> Fate:
         target = target_name(normalize_name(name))
         return "drop" if target in rules.ignored_fields else "mask" if target in rules.masked_fields else "keep"
 
-    def entry(name: str, is_object: bool) -> Fate:
+    def entry(name: str, opening: bytes) -> Fate:
         return fate_of(name)
 
-    def masked_entry(name: str, is_object: bool) -> Fate:
+    def masked_entry(name: str, opening: bytes) -> Fate:
         return "drop" if fate_of(name) == "drop" else "mask"
 
-    def judge(name: str, is_object: bool) -> Fate | _Judge:
+    def judge(name: str, opening: bytes) -> Fate | _Judge:
         field = BY_NAME.get(target_name(normalize_name(name)))
         fate = fate_of(name)
         if field is None:
             return fate_of("extra-fields") if fate == "keep" else fate
-        if field.kind == "map" and is_object and fate != "drop":
+        if field.kind == "map" and opening == b"{" and fate != "drop":
             return masked_entry if fate == "mask" else entry
         return fate
+
+    return judge
+
+
+@cache
+def _dynamic_judge(rules: Rules, within: str = "") -> _Judge:
+    """For the fields of a dynamic record, at every depth."""
+
+    def judge(name: str, opening: bytes) -> Fate | _Judge:
+        path = f"{within}.{name}" if within else name
+        fate = rules.fate_of(name, path)
+        return _dynamic_judge.__wrapped__(rules, path) if opening in (b"{", b"[") and fate == "keep" else fate
 
     return judge
 
@@ -74,15 +91,31 @@ def _rewritten(text: bytes, start: int, judge: _Judge) -> bytes:
     kept: list[bytes] = []
     for name_at, value_at, end in _members(text, start):
         value = text[value_at:end]
-        fate = judge(_name(text, name_at), value.startswith(b"{"))
+        fate = judge(_name(text, name_at), value[:1])
         if fate == "drop":
             continue
         if callable(fate):
-            value = _rewritten(value, 0, fate)
+            value = _rewritten_value(value, fate)
         elif fate == "mask" and value != b"null":
             value = _MASK
         kept.append(text[name_at:value_at] + value)
     return b"{" + b",".join(kept) + b"}"
+
+
+def _rewritten_value(value: bytes, judge: _Judge) -> bytes:
+    if value.startswith(b"{"):
+        return _rewritten(value, 0, judge)
+    if not value.startswith(b"["):
+        return value
+    elements: list[bytes] = []
+    at = _after_blank(value, 1)
+    while value[at : at + 1] != b"]":
+        end = _end(value, at)
+        elements.append(_rewritten_value(value[at:end], judge))
+        at = _after_blank(value, end)
+        if value[at : at + 1] == b",":
+            at = _after_blank(value, at + 1)
+    return b"[" + b",".join(elements) + b"]"
 
 
 def _name(text: bytes, start: int) -> str:
@@ -153,4 +186,14 @@ def _guessed(text: bytes, hidden: frozenset[str]) -> bytes:
 @cache
 def _named(hidden: frozenset[str]) -> re.Pattern[bytes]:
     names = sorted(re.escape(name.encode()).replace(rb"\-", b"[-_]") for name in spellings(hidden))
+    names += [last for name in names if (last := name.rpartition(rb"\.")[2]) != name]
     return re.compile(b'"(?:' + b"|".join(names) + rb')"[ \t\r\n]*+:[ \t\r\n]*+', re.IGNORECASE)
+
+
+@cache
+def _any_of(hidden: frozenset[str]) -> re.Pattern[bytes]:
+    """Ends of quoted names, of those with letters beyond ASCII any: folding their case is not for bytes."""
+    if not all(name.isascii() for name in hidden):
+        return re.compile(b"")
+    lasts = sorted({re.escape(name.rpartition(".")[2].encode()).replace(rb"\-", b"[-_]") for name in hidden})
+    return re.compile(b"(?:" + b"|".join(lasts) + b')"', re.IGNORECASE)

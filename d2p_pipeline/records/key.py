@@ -11,7 +11,8 @@ _string = msgspec.json.Decoder(str).decode
 def key_of(raw: bytes, key_fields: tuple[str, ...]) -> str | None:
     """The key as far as the text tells, even of a record that is cut off or no JSON; None when it does not.
 
-    `key_fields` are normalized names. A number in a key field counts as its text, as it does in a good record.
+    `key_fields` are normalized names; of a path, its last name is looked for. A number in a key field counts as its text,
+    as it does in a good record.
     """
     parts = [_part(pattern, raw) for pattern in _patterns(key_fields)]
     return ":".join(part for part in parts if part) if all(parts) else None
@@ -20,7 +21,7 @@ def key_of(raw: bytes, key_fields: tuple[str, ...]) -> str | None:
 @cache
 def _patterns(key_fields: tuple[str, ...]) -> tuple[re.Pattern[bytes], ...]:
     value = rb'\s*:\s*("(?:[^"\\]|\\.)*"|-?[0-9.eE+-]+|true|false)'
-    names = [re.escape(name).encode().replace(rb"\-", b"[-_]") for name in key_fields]
+    names = [re.escape(name.rpartition(".")[2]).encode().replace(rb"\-", b"[-_]") for name in key_fields]
     return tuple(re.compile(b'"' + name + b'"' + value, re.IGNORECASE) for name in names)
 
 

@@ -95,7 +95,7 @@ class Normalizer:
 
     def _rewritten(self, line: bytes) -> Canonical:
         try:
-            record = self._record(_members(line))
+            record = self._record(members_of(line))
         except RecursionError:
             raise Rejected("nested too deep to be read") from None
         key = self._completed(record)
@@ -132,7 +132,7 @@ class Normalizer:
         if name in self._rules.masked_fields and value is not None:
             value = "*"
         if name not in self._rules.ignored_fields:
-            spares.append(_Spare(written, _text(value)))
+            spares.append(_Spare(written, text_of(value)))
 
     def _take(self, field: Field, written: str, value: Any, record: dict[str, Any], spares: list["_Spare"]) -> None:
         """Give the field its value; what loses to an earlier value or does not fit is added to `spares`."""
@@ -144,7 +144,7 @@ class Normalizer:
         if field.name in self._rules.masked_fields:
             value = "*"
         if field.name in record or (fitting := self._fitting(field, value)) is None:
-            spares.append(_Spare(written, _text(value)))
+            spares.append(_Spare(written, text_of(value)))
         else:
             record[field.name] = fitting
 
@@ -152,16 +152,16 @@ class Normalizer:
         """A value that is not null as its field holds it, None if it does not fit."""
         match field.kind:
             case "string":
-                return _text(value)
+                return text_of(value)
             case "timestamp":
-                return canonical_time(_text(value) or "", self._rules.timestamp_unit)
+                return canonical_time(text_of(value) or "", self._rules.timestamp_unit)
             case "bool":
                 return (
-                    value if type(value) is bool else {"true": True, "false": False}.get((_text(value) or "").lower())
+                    value if type(value) is bool else {"true": True, "false": False}.get((text_of(value) or "").lower())
                 )
             case "list":
                 elements = cast(list[Any], value) if type(value) is list else [value]
-                return [_text(element) for element in elements]
+                return [text_of(element) for element in elements]
             case "map":
                 return None
 
@@ -170,7 +170,7 @@ class Normalizer:
     ) -> None:
         all_masked = field.name in self._rules.masked_fields
         for name, inner in value.items():
-            text = _text(inner)
+            text = text_of(inner)
             if self._hidden:
                 target = _meaning(name)[1]
                 if target in self._rules.ignored_fields:
@@ -212,7 +212,7 @@ class _Spare(NamedTuple):
     text: str | None
 
 
-def _members(line: bytes) -> dict[str, Any]:
+def members_of(line: bytes) -> dict[str, Any]:
     """The object's members; floats as Raw, so that their text stays as written."""
     line = line.removeprefix(BYTE_ORDER_MARK)
     try:
@@ -234,7 +234,7 @@ def _not_utf8(line: bytes) -> Rejected:
     return Rejected("invalid UTF-8")
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """A value as a string field holds it: numbers and booleans as written, nested values as compact JSON."""
     if value is None or type(value) is str:
         return value

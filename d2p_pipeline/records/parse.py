@@ -61,7 +61,8 @@ _MAPS = [field.name for field in LOG_FIELDS if field.kind == "map"]
 class Parsed:
     """What some chunks hold: `lines` is the number of their lines that are not blank, each a row or a reject.
 
-    `table` has the schema of `fields.arrow_schema`. A chunk that cannot be read counts as one line.
+    `table` has the schema of `fields.arrow_schema`, or the columns of dynamic records. A chunk that cannot be read counts
+    as one line.
     """
 
     table: pa.Table
@@ -84,6 +85,11 @@ def parse(
 ) -> Parsed:
     """Decode chunks. `received_at` (ms since the epoch) and `batch` are for the dead letters; our own chunks carry their
     time of reception with them. Memory: the decompressed text and the table."""
+    if rules.record_type == "dynamic":
+        from d2p_pipeline.records.dynamic.parse import parse_dynamic
+
+        rows = parse_dynamic(chunks, rules, received_at, batch, chunk_limit)
+        return Parsed(rows.table, rows.rejects, rows.lines, [_Source(0, b"", rows.originals)])
     parser = _Parser(rules, received_at, batch)
     for chunk in chunks:
         parser.add(chunk, chunk_limit)

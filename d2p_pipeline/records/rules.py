@@ -3,16 +3,28 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from d2p_pipeline.records.fields import BY_NAME, ColumnNames, Field, TimestampUnit, normalize_name, target_name
+from d2p_pipeline.records.fields import (
+    BY_NAME,
+    ColumnNames,
+    Field,
+    TimestampUnit,
+    column_name,
+    normalize_name,
+    target_name,
+)
 
 RecordType = Literal["log", "dynamic"]
+Fate = Literal["keep", "drop", "mask"]
+"""What becomes of a field before anything is stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """How records are read.
 
-    Field names may be given in any spelling and by an alias; they are kept normalized. `ignored_fields` drop and
+    For log records, field names may be given in any spelling and by an alias; they are kept normalized. Dynamic records have
+    the names of `json_schema` (its text), or their own; key fields and `time_field` are kept as written, and a key field may
+    be a path with dots. Hidden names match in any spelling, at every depth, or as such a path. `ignored_fields` drop and
     `masked_fields` replace by `*`: top-level fields and entries of `args` and `extra-fields` alike. A masked map has all its
     values replaced. With a `hmac_key` the column `hmac` is computed, and a `hmac` that a record brings goes to
     `extra-fields`. `transform` names the user's function as `module:function`. ValueError lists everything that cannot work.
@@ -27,21 +39,45 @@ class Rules:
     column_names: ColumnNames = "kebab"
     hmac_key: bytes | None = field(default=None, repr=False)
     transform: str | None = None
+    time_field: str = "time"
+    json_schema: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        def meant(name: str) -> str:
-            return target_name(normalize_name(name))
+        is_log = self.record_type == "log"
 
-        object.__setattr__(self, "key_fields", tuple(meant(name) for name in self.key_fields))
+        def meant(name: str) -> str:
+            return target_name(normalize_name(name)) if is_log else normalize_name(name)
+
+        if is_log:
+            object.__setattr__(self, "key_fields", tuple(meant(name) for name in self.key_fields))
         object.__setattr__(self, "ignored_fields", frozenset(meant(name) for name in self.ignored_fields))
         object.__setattr__(self, "masked_fields", frozenset(meant(name) for name in self.masked_fields))
-        if problems := [*self._choice_problems(), *self._key_problems(), *self._hiding_problems()]:
+        problems = [*self._choice_problems(), *self._key_problems()]
+        problems += self._hiding_problems() if is_log else self._dynamic_problems()
+        if problems:
             raise ValueError("; ".join(problems))
+
+    def fate_of(self, name: str, path: str) -> "Fate":
+        """What becomes of a dynamic record's field, by its name and its path."""
+        names = {normalize_name(name), normalize_name(path)}
+        return "drop" if names & self.ignored_fields else "mask" if names & self.masked_fields else "keep"
+
+    @property
+    def time_column(self) -> str:
+        """The column that places rows in hours."""
+        return "time" if self.record_type == "log" else self.time_field
+
+    @property
+    def key_columns(self) -> tuple[str, ...]:
+        """Columns, or paths to them, whose values make the key."""
+        if self.record_type == "dynamic":
+            return self.key_fields
+        return tuple(column_name(name, self.column_names) for name in self.key_fields)
 
     def _choice_problems(self) -> list[str]:
         problems: list[str] = []
-        if self.record_type != "log":
-            problems.append(f"record_type: {self.record_type!r} is not supported, use 'log'")
+        if self.record_type not in get_args(RecordType):
+            problems.append(f"record_type: {self.record_type!r} is not one of log, dynamic")
         if self.timestamp_unit not in get_args(TimestampUnit):
             problems.append(f"timestamp_unit: {self.timestamp_unit!r} is not one of ms, us, ns")
         if self.column_names not in get_args(ColumnNames):
@@ -58,13 +94,22 @@ class Rules:
             for name in dict.fromkeys(self.key_fields)
             if self.key_fields.count(name) > 1
         ]
-        for name in self.key_fields:
+        for name in self.key_fields if self.record_type == "log" else ():
             if name not in BY_NAME:
                 problems.append(f"key_fields: {name} is not a field of a log record")
             elif name == "hmac" and self.hmac_key is not None:
                 problems.append("key_fields: hmac is computed by use_hmac")
             elif BY_NAME[name].kind != "string":
                 problems.append(f"key_fields: {name} is a {BY_NAME[name].kind}, a key needs strings")
+        return problems
+
+    def _dynamic_problems(self) -> list[str]:
+        problems: list[str] = []
+        if not self.time_field:
+            problems.append("time_field: is empty")
+        for name in (*self.key_fields, self.time_field):
+            if self.fate_of(name.rpartition(".")[2], name) != "keep":
+                problems.append(f"ignored_fields, masked_fields: {name} is needed to place records")
         return problems
 
     def _hiding_problems(self) -> list[str]:

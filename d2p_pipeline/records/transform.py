@@ -16,7 +16,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from d2p_pipeline.records.fields import column_name
+from d2p_pipeline.records.place import places
 from d2p_pipeline.records.rules import Rules
 
 Function = Callable[[pl.DataFrame], object]
@@ -71,15 +71,17 @@ def _problem(frame: pl.DataFrame, before: pa.Table, rules: Rules) -> str | None:
     """What keeps the frame from being written."""
     if frame.height > before.num_rows:
         return f"{frame.height} rows for {before.num_rows}; it may drop rows, but not add any"
-    keys = [column_name(name, rules.column_names) for name in rules.key_fields]
     time = pl.Datetime(rules.timestamp_unit, "UTC")
-    for name, dtype in {"time": time, **dict.fromkeys(keys, pl.String())}.items():
-        if name not in frame.columns:
-            return f"a frame without the column {name}, which places rows in files"
-        if frame.schema[name] != dtype:
-            return f"the column {name} as {frame.schema[name]}; it has to stay {dtype}"
-        if frame[name].null_count() or (dtype == pl.String and (frame[name] == "").any()):
-            return f"rows without a value in {name}, which places rows in files"
+    found = frame.schema.get(rules.time_column, time)
+    if found != time:
+        return f"the column {rules.time_column} as {found}; it has to stay {time}"
+    try:
+        placed = places(frame.to_arrow(), rules)
+    except KeyError as error:
+        return f"a frame without the column {error.args[0]}, which places rows in files"
+    for names, column in ((rules.key_columns, "key"), ((rules.time_column,), "time")):
+        if placed[column].null_count():
+            return f"rows without a value in {', '.join(names)}, which places rows in files"
     return None
 
 

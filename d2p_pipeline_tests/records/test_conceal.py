@@ -52,6 +52,7 @@ def test_a_masked_map_keeps_its_names_and_a_hidden_extra_fields_hides_what_is_un
         "level": "info",
     }
     assert concealed({"args": "text"}, masked) == {"args": "*"}
+    assert concealed({"args": [{"a": 1}]}, masked) == {"args": "*"}
     dropped = Rules(ignored_fields=frozenset({"args", "extra-fields"}))
     assert concealed({"args": {"a": 1}, "unknown": "u", "level": "info"}, dropped) == {"level": "info"}
 
@@ -124,3 +125,25 @@ def test_no_hidden_value_survives_in_any_dead_letter(record: dict[str, Any], our
 def test_a_dead_letter_says_the_same_of_what_is_not_hidden() -> None:
     [letter] = parse([line(REQUIRED, time="soon", password=SECRET)], RULES, 0).rejects
     assert json.loads(letter.raw) == REQUIRED | {"time": "soon", "message": "*", "password": "*"}
+
+
+def test_in_dynamic_records_names_are_hidden_at_every_depth_and_paths_where_they_lie() -> None:
+    rules = Rules(
+        record_type="dynamic",
+        key_fields=("k",),
+        ignored_fields=frozenset({"token"}),
+        masked_fields=frozenset({"User-Id", "customer.name"}),
+    )
+    record = {
+        "user_id": 1,
+        "name": "kept",
+        "customer": {"name": "n", "USER-ID": None, "list": [[{"Token": 1, "user_id": {"a": 1}}], 2, []]},
+        "customer.name": "n",
+    }
+    assert concealed(record, rules) == {
+        "user_id": "*",
+        "name": "kept",
+        "customer": {"name": "*", "USER-ID": None, "list": [[{"user_id": "*"}], 2, []]},
+        "customer.name": "*",
+    }
+    assert conceal(b'{"customer": {"Name": "cut', rules) == b'{"customer": {"Name": "*"'

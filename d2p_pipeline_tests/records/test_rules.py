@@ -29,7 +29,11 @@ def test_equal_rules_are_equal_values() -> None:
         ({"masked_fields": frozenset({"tags"})}, "tags is a list"),
         ({"timestamp_unit": "s"}, "timestamp_unit"),
         ({"column_names": "camel"}, "column_names"),
-        ({"record_type": "dynamic"}, "record_type"),
+        ({"record_type": "binary"}, "record_type"),
+        (
+            {"record_type": "dynamic", "key_fields": ("user.Id",), "masked_fields": frozenset({"id"})},
+            "is needed to place",
+        ),
         ({"default_capability": ""}, "default_capability"),
     ],
 )
