@@ -35,6 +35,30 @@ def rules(settings: Settings) -> Rules:
     )
 
 
+def check_records(settings: Settings) -> None:
+    """Find out now what would otherwise fail when records come: field names, JSON Schema, the user's function.
+
+    Raises SettingsError.
+    """
+    from d2p_pipeline.records.transform import TransformError, load
+    from d2p_pipeline.settings import Problem, SettingsError
+
+    try:
+        found = rules(settings)
+        if found.json_schema is not None and found.record_type == "dynamic":
+            from d2p_pipeline.records.dynamic.schema import compiled
+
+            compiled(found)
+        if found.transform is not None:
+            load(found.transform)
+    except TransformError as error:
+        raise SettingsError([Problem("transform", repr(error.name), error.reason)]) from error
+    except OSError as error:
+        raise SettingsError([Problem("json_schema_path", str(error.filename), error.strerror or str(error))]) from error
+    except ValueError as error:
+        raise SettingsError([Problem("records", None, str(error))]) from error
+
+
 def embedded(settings: Settings) -> EmbeddedRedis:
     """The server that stands in when no Redis is configured; `buffer_type = "mem"` runs it without persistence."""
     from d2p_pipeline.buffer.embedded import EmbeddedRedis

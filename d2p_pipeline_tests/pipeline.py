@@ -75,9 +75,8 @@ class Pipeline:
         import duckdb
 
         connection = duckdb.connect()
-        connection.execute(
-            f"CREATE VIEW files AS SELECT * FROM read_parquet('{self.root}/**/*.parquet', hive_partitioning = true)"
-        )
+        options = "hive_partitioning = true, union_by_name = true"
+        connection.execute(f"CREATE VIEW files AS SELECT * FROM read_parquet('{self.root}/**/*.parquet', {options})")
         return connection.execute(query).fetchall()
 
     def messages(self) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2p_pipeline.cli.setup import ConfigFile, settings_of
+from d2p_pipeline.cli.setup import ConfigFile, check_records, settings_of
 
 if TYPE_CHECKING:
     from d2p_pipeline.ingest.convert import Plan, Summary
@@ -44,6 +44,7 @@ def convert(
     """
     names = _names(files)
     settings = settings_of(config, writer_file_path=out)
+    check_records(settings)
     plan = _plan(settings)
     block_bytes, jobs = _shares(memory_limit, jobs)
 

@@ -93,14 +93,14 @@ def replay(
     """
     from d2p_pipeline import wiring
     from d2p_pipeline.dead_letters import replay as replay_letters
-    from d2p_pipeline.records.normalize import Normalizer
+    from d2p_pipeline.records.accept import acceptor
 
     changes = dict(_assignment(one) for one in set_ or ())
     with _buffer(config) as (settings, buffer):
-        normalizer = Normalizer(wiring.rules(settings))
+        accept = acceptor(wiring.rules(settings))
 
         def canonical(raw: bytes) -> tuple[str, bytes]:
-            found = normalizer.canonical(raw)
+            found = accept.canonical(raw)
             return found.key, found.line
 
         selection = _selection(key, reason, stage, since, until)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from d2p_pipeline.cli.setup import ConfigFile, redis, settings_of
+from d2p_pipeline.cli.setup import ConfigFile, check_records, redis, settings_of
 
 
 def receive(
@@ -15,6 +15,7 @@ def receive(
 ) -> None:
     """Take records over HTTP into the buffer. SIGTERM: stop accepting, finish what is in flight, exit 0."""
     settings = settings_of(config, address=address, port=port, workers=workers)
+    check_records(settings)
     with redis(settings):
         from d2p_pipeline.ingest.server import serve
 

@@ -30,6 +30,18 @@ def settings_of(config: Path | None, **flags: Any) -> "Settings":
     return settings
 
 
+def check_records(settings: "Settings") -> None:
+    """Prove that records can be read and transformed as the settings say; what is wrong ends the command with exit code 2."""
+    from d2p_pipeline import wiring
+    from d2p_pipeline.settings import SettingsError
+
+    try:
+        wiring.check_records(settings)
+    except SettingsError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(2) from error
+
+
 def check_store(settings: "Settings") -> None:
     """Prove that files can be written where they are to go; what is wrong ends the command with exit code 2."""
     from d2p_pipeline import wiring

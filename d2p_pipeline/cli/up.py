@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2p_pipeline.cli.setup import ConfigFile, check_store, redis, settings_of, target
+from d2p_pipeline.cli.setup import ConfigFile, check_records, check_store, redis, settings_of, target
 
 if TYPE_CHECKING:
     from d2p_pipeline.buffer.protocol import Buffer
@@ -29,6 +29,7 @@ def up(
 
     stop = Stop()
     settings = settings_of(config, port=port, dagster_port=dagster_port)
+    check_records(settings)
     for note in settings.notes:
         typer.echo(note, err=True)
     try:

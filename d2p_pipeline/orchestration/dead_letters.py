@@ -13,7 +13,7 @@ from pydantic import Field
 from d2p_pipeline import wiring
 from d2p_pipeline.dead_letters import Outcome, Selection, Stored, discard, replay, select
 from d2p_pipeline.orchestration.resources import DeliveryResource
-from d2p_pipeline.records.normalize import Normalizer
+from d2p_pipeline.records.accept import acceptor
 
 REASONS_SHOWN = 50
 SAMPLES_SHOWN = 10
@@ -95,10 +95,10 @@ def _moment(milliseconds: int) -> str:
 @dg.op
 def replay_letters(context: dg.OpExecutionContext, config: ReplayConfig, delivery_parts: DeliveryResource) -> None:
     """Send the records again; those rejected again stay, with their history."""
-    normalizer = Normalizer(wiring.rules(delivery_parts.settings))
+    accept = acceptor(wiring.rules(delivery_parts.settings))
 
     def canonical(raw: bytes) -> tuple[str, bytes]:
-        found = normalizer.canonical(raw)
+        found = accept.canonical(raw)
         return found.key, found.line
 
     outcome = replay(delivery_parts.buffer, canonical, config.selection(), config.set_fields, dry_run=config.dry_run)

@@ -39,6 +39,8 @@ def split(table: pa.Table, rules: Rules, ingested_at: int | None = None) -> list
     With `ingested_at` (ms since the epoch) all rows belong to that hour instead. Partitions come in the order of their
     first rows, rows keep their order; where partitions lie one after the other already, nothing is copied.
     """
+    if not table.num_rows:
+        return []
     labels = _labels(table, rules, ingested_at).with_row_index()
     groups = labels.group_by("key", "hour", maintain_order=True).agg("index")
     order = groups["index"].explode()

@@ -118,7 +118,7 @@ def test_wrong_usage_exits_2(arguments: tuple[object, ...]) -> None:
     assert run(*arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("setting", ["RECORD_TYPE=dynamic", "WRITER_COMPRESSION_TYPE=rar"])
+@pytest.mark.parametrize("setting", ["RECORD_TYPE=binary", "WRITER_COMPRESSION_TYPE=rar"])
 def test_settings_that_cannot_work_exit_2(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, value = setting.split("=")
     monkeypatch.setenv(f"D2P_{name}", value)

@@ -299,3 +299,9 @@ def test_files_are_split_signed_and_read_back_by_everybody(rules: Rules, tmp_pat
     assert sign(pq.read_table(pa.BufferReader(data)), rules).column("hmac").to_pylist() == [row["hmac"]]
     assert pl.read_parquet(path)["n"].to_list() == [5]
     assert duckdb.execute(f"SELECT n, who.name, tags[1], labels['x'] FROM '{path}'").fetchall() == [(5, "ann", "a", 1)]
+
+
+@pytest.mark.parametrize("rules", [INFERRED, by_schema(PROPERTIES)])
+def test_chunks_without_any_record_have_no_partitions(rules: Rules) -> None:
+    for chunks in ((), (b"\n",), (b"{}", b"[]")):
+        assert split(parsed(*chunks, rules=rules).table, rules) == []
