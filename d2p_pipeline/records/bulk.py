@@ -34,6 +34,19 @@ _QUOTES = 2
 _NULL = 4  # bytes of `null`
 
 
+_PAIR = re.compile(rb"(?<!\\)((?:\\\\)*)\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
+
+
+def without_pairs(text: bytes) -> bytes:
+    """Escaped surrogate pairs as the characters they mean: arrow-rs reads those of U+20000 and above as others."""
+    return _PAIR.sub(_character, text) if b"\\u" in text else text
+
+
+def _character(pair: "re.Match[bytes]") -> bytes:
+    high, low = int(pair[2], 16) - 0xD800, int(pair[3], 16) - 0xDC00
+    return pair[1] + chr(0x10000 + (high << 10) + low).encode()
+
+
 class Undecided(Exception):
     """The lines are no sequence of objects with fitting types, one per line: they have to be looked at one by one."""
 
@@ -108,7 +121,7 @@ def _decoder(members: Members) -> Callable[[bytes], pa.Table]:
     schema = arro3.core.Schema.from_arrow(pa.schema(fields))
 
     def decode(text: bytes) -> pa.Table:
-        return pa.table(arro3.io.read_json(io.BytesIO(text), schema, batch_size=BATCH_ROWS))
+        return pa.table(arro3.io.read_json(io.BytesIO(without_pairs(text)), schema, batch_size=BATCH_ROWS))
 
     return decode
 

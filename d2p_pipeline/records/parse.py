@@ -466,7 +466,7 @@ def _decoder(unit: TimestampUnit) -> Callable[[bytes], pa.Table]:
     schema = arro3.core.Schema.from_arrow(arrow_schema(unit))
 
     def decode(text: bytes) -> pa.Table:
-        return pa.table(arro3.io.read_json(io.BytesIO(text), schema, batch_size=_BATCH_ROWS))
+        return pa.table(arro3.io.read_json(io.BytesIO(bulk.without_pairs(text)), schema, batch_size=_BATCH_ROWS))
 
     return decode
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2p_pipeline.records import chunk
 from d2p_pipeline.records.parse import Parsed, parse
 from d2p_pipeline.records.rules import Rules
 from d2p_pipeline_tests.records.builders import FULL, REQUIRED, line
@@ -191,3 +192,12 @@ def test_the_same_lines_give_the_same_table() -> None:
     many = [line(FULL, unknown=number, other="x" * 300) for number in range(300)]
     first, second = (parse([b"\n".join(many)], Rules(), 0).table for _ in range(2))
     assert first.equals(second)
+
+
+@pytest.mark.parametrize(
+    "character", ["\U0001f389", "\U00010000", "\U00020000", "\U0002ffff", "\U0010ffff", "\\\U00020000"]
+)
+def test_an_escaped_character_beyond_16_bits_is_that_character(character: str) -> None:
+    text = json.dumps({**FULL, "message": character}).encode()
+    for result in (parse([text], Rules(), 0), in_bulk(text), parse([chunk.encode([text], 0)], Rules(), 0)):
+        assert character in result.table.column("message").to_pylist()
