@@ -25,7 +25,6 @@ from d2p_pipeline.parquet.layout import file_path
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter
-from d2p_pipeline.records.fields import SCHEMA_VERSION
 from d2p_pipeline.records.parse import parse
 from d2p_pipeline.records.rules import Rules
 from d2p_pipeline.records.sign import sign
@@ -225,7 +224,7 @@ def build(rows: Rows, rules: Rules, encoding: Encoding, *, partition_time: str, 
                 "d2p.batch": part.claim.batch.id,
                 "d2p.unit": str(part.number),
                 "d2p.key": part.claim.batch.key,
-                "d2p.schema_version": SCHEMA_VERSION,
+                "d2p.schema_version": rules.schema_version,
                 "d2p.software": f"d2p-pipeline {__version__}",
             }
             data = encode(piece, encoding, metadata)

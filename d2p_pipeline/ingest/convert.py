@@ -443,7 +443,6 @@ def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer
     from d2p_pipeline.parquet.layout import file_path
     from d2p_pipeline.records.conceal import conceal
     from d2p_pipeline.records.dead_letter import DeadLetter
-    from d2p_pipeline.records.fields import SCHEMA_VERSION
     from d2p_pipeline.records.parse import parse
     from d2p_pipeline.records.sign import sign
     from d2p_pipeline.records.transform import transform
@@ -473,7 +472,7 @@ def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer
             "d2p.batch": task.batch,
             "d2p.unit": str(task.unit),
             "d2p.key": key,
-            "d2p.schema_version": SCHEMA_VERSION,
+            "d2p.schema_version": plan.rules.schema_version,
             "d2p.software": f"d2p-pipeline {__version__}",
         }
         data = encode(rows, plan.encoding, metadata)

@@ -1,10 +1,12 @@
 """What normalization and parsing depend on, as one frozen value; built once at the edge from the settings."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from d2p_pipeline.records.fields import (
     BY_NAME,
+    SCHEMA_VERSION,
     ColumnNames,
     Field,
     TimestampUnit,
@@ -73,6 +75,15 @@ class Rules:
         if self.record_type == "dynamic":
             return self.key_fields
         return tuple(column_name(name, self.column_names) for name in self.key_fields)
+
+    @property
+    def schema_version(self) -> str:
+        """What tells files with other columns apart: the version of the log schema, or the digest of the JSON Schema."""
+        if self.record_type == "log":
+            return SCHEMA_VERSION
+        if self.json_schema is None:
+            return "inferred"
+        return hashlib.sha256(self.json_schema.encode()).hexdigest()[:16]
 
     def _choice_problems(self) -> list[str]:
         problems: list[str] = []

@@ -11,6 +11,7 @@ pyarrow has no type information, hence `standard` above.
 
 import datetime
 import math
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain, count
@@ -32,6 +33,8 @@ Kind = Literal[
 ]
 """`bigint`: integers beyond 2^53, which no float holds. `text`: anything, as a string or as JSON text."""
 
+_NO_COLUMN_NAME = re.compile(r'[\x00-\x1f"\\]')
+
 INT64 = 2**63
 EXACT = 2**53
 """Integers up to here are floats without loss."""
@@ -51,6 +54,11 @@ class Column:
 NULL, BOOLEAN, INTEGER, BIGINT = Column("null"), Column("boolean"), Column("integer"), Column("bigint")
 NUMBER, STRING, TEXT = Column("number"), Column("string"), Column("text")
 TIMESTAMP, DATE = Column("timestamp"), Column("date")
+
+
+def can_be_column(name: str) -> bool:
+    """Whether msgspec and Arrow take it as a name: without control characters, quotes and backslashes."""
+    return _NO_COLUMN_NAME.search(name) is None
 
 
 def settled(column: Column) -> Column:

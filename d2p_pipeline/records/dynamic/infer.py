@@ -22,6 +22,7 @@ from d2p_pipeline.records.dynamic.columns import (
     STRING,
     TEXT,
     Column,
+    can_be_column,
 )
 
 MOST_MEMBERS = 1000
@@ -83,8 +84,7 @@ def _object_of(value: dict[str, Any], kept_apart: frozenset[str], depth: int) ->
     members = {
         name: column_of(inner, frozenset(), depth + 1)
         for name, inner in value.items()
-        # Arrow hands names over as C strings.
-        if name != EXTRA and name not in kept_apart and "\0" not in name
+        if name != EXTRA and name not in kept_apart and can_be_column(name)
     }
     return _object(members, is_open=len(members) < len(value))
 

@@ -21,6 +21,7 @@ import polars as pl
 import pyarrow as pa
 
 from d2p_pipeline.records import chunk as chunk_format
+from d2p_pipeline.records.bulk import without_pairs
 from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
 from d2p_pipeline.records.dynamic.columns import TEXT, TIMESTAMP, Column, arrow_schema, fitted, settled, strict_type
@@ -220,7 +221,7 @@ class _Decoder:
             yield from self._block(block)
 
     def _block(self, lines: list[_Line], *, written_anew: bool = False) -> Iterator[tuple[pa.Table, list[_Line]]]:
-        text = b"".join(line.text + b"\n" for line in lines)
+        text = without_pairs(b"".join(line.text + b"\n" for line in lines))
         try:
             table = pa.table(arro3.io.read_json(io.BytesIO(text), self._schema, batch_size=_BATCH_ROWS))
         except pa.ArrowInvalid as error:

@@ -26,6 +26,7 @@ from d2p_pipeline.records.dynamic.columns import (
     TEXT,
     TIMESTAMP,
     Column,
+    can_be_column,
     settled,
 )
 from d2p_pipeline.records.rules import Rules
@@ -206,8 +207,10 @@ class _Reader:
         hidden: set[str] = set()
         for name, inner in named.items():
             place = f"{pointer}/properties{_pointer([name])}"
-            if (name == EXTRA and extra) or "\0" in name:
-                raise SchemaError(place, f"has a name that cannot be a column here: {name!r}")
+            if not can_be_column(name):
+                raise SchemaError(place, f"has a name that cannot be a column: {name!r}")
+            if name == EXTRA and extra:
+                raise SchemaError(place, "is where unknown names go; set additionalProperties to false, or rename it")
             below = f"{path}.{name}" if path else name
             fate = self._rules.fate_of(name, below)
             if fate == "drop":
