@@ -23,7 +23,7 @@ up: install ## Redis, receiver and Dagster in the foreground
 	$(BIN)/d2p up $(ARGS)
 
 test: lint ## lint, types and all tests
-	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
 
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .

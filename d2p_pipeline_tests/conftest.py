@@ -1,5 +1,6 @@
 """Real parts for every test: one embedded Redis server per test process, emptied before each use."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,28 @@ pytest_plugins = ["d2p_pipeline_tests.pipeline", "d2p_pipeline_tests.receiving"]
 settings.register_profile("d2p", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("d2p")
 
+WHOLE_SYSTEM = Path(__file__).parent / "e2e"
+
 FULL_RECORDS = 100
 FULL_BYTES = 10_000
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the whole system first, on every other worker: they wait for ticks while the others use the processor.
+
+    `--dist worksteal` gives each worker one run of consecutive tests to begin with.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    whole = [item for item in items if WHOLE_SYSTEM in item.path.parents]
+    others = [item for item in items if WHOLE_SYSTEM not in item.path.parents]
+    lanes = (workers + 1) // 2
+    share = len(items) * 2 // workers if workers > 1 else len(items)
+    items.clear()
+    for lane in range(lanes):
+        first = whole[lane::lanes]
+        count = max(0, share - len(first)) if lane < lanes - 1 else len(others)
+        items += first + others[:count]
+        del others[:count]
 
 
 @pytest.fixture(scope="session")
