@@ -124,6 +124,18 @@ def _check_redis_url(url: SecretStr) -> SecretStr:
     return url
 
 
+def _check_postgres_url(url: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"postgres(ql)?://[^\s/]+/[^\s/?]+(\?\S*)?", url.get_secret_value()):
+        raise ValueError("should read postgresql://user:password@host:port/database")
+    return url
+
+
+def _check_webhook_url(url: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"https?://[^\s/]\S*", url.get_secret_value()):
+        raise ValueError("should be a URL that begins with http:// or https://")
+    return url
+
+
 def _client_default(seconds: float) -> float:
     if seconds != -1 and seconds < 0:
         raise ValueError("should be a number of seconds, or 0 or -1 for the client's default")
@@ -171,6 +183,7 @@ CountOrNone = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
 Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(ge=1)]
 BytesOrNone = Annotated[int, BeforeValidator(_read_bytes), Field(ge=0)]
 Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0)]
+Days = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0)]
 Port = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=65535)]
 RedisName = Annotated[str, _matching(r"[A-Za-z0-9_.:-]+", "letters, digits and _ . : -")]
 RedisHost = Annotated[str, _matching(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:\d{1,5})?", "host:port")]
@@ -330,6 +343,10 @@ class Settings(BaseSettings):
     """Deliver batches in recovery again without being asked."""
     recovery_attempts: CountOrNone = 3
     """Automatic deliveries of a batch in recovery before it waits for a person."""
+    run_attempts: Count = 5
+    """Runs asked for a batch, none of which delivered it (killed, out of memory, lost), before it goes into recovery."""
+    recovery_run_batches: Count = 100
+    """Batches in recovery that one run delivers."""
     lag_limit: Seconds = 900.0
     """Seconds that a record may wait for its file before the check `oldest_record` turns red."""
     recovery_delay: Seconds = 60.0
@@ -410,6 +427,17 @@ class Settings(BaseSettings):
 
     dagster_port: Port = 3000
     """Port of the Dagster webserver."""
+    dagster_postgres_url: Annotated[SecretStr, AfterValidator(_check_postgres_url)] | None = None
+    """PostgreSQL database for Dagster's own storage, as `postgresql://user:password@host/name`; needs the extra `postgres`;
+    without it SQLite under `home` (secret)."""
+    alert_webhook_url: Annotated[SecretStr, AfterValidator(_check_webhook_url)] | None = None
+    """Where alerts are posted, as JSON that Slack understands: failed runs, batches in recovery, red checks (secret)."""
+    keep_runs_days: Days = 2.0
+    """Days after which a successful or cancelled run is deleted from Dagster's storage."""
+    keep_runs: Count = 5000
+    """Successful and cancelled runs kept at most; older ones are deleted before their time."""
+    keep_failed_runs_days: Days = 30.0
+    """Days after which a failed run is deleted from Dagster's storage."""
     debug: bool = False
     """Log in detail."""
     log_formatter: Annotated[Literal["color", "text", "json", "multi"], BeforeValidator(_lower)] = "color"

@@ -154,6 +154,8 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "try_auto_recover": st.booleans(),
     "recovery_attempts": whole_or_zero,
     "recovery_delay": seconds,
+    "run_attempts": whole,
+    "recovery_run_batches": whole,
     "lag_limit": seconds,
     "writer_type": st.sampled_from(["file", "aws-s3"]),
     "writer_file_path": path,
@@ -189,6 +191,13 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "tls_cert": path,
     "tls_key": path,
     "dagster_port": st.integers(1, 65535),
+    "dagster_postgres_url": st.sampled_from(
+        ["postgresql://u:p@h:5432/dagster", "postgres://h/dagster?sslmode=require"]
+    ),
+    "alert_webhook_url": url,
+    "keep_runs_days": seconds,
+    "keep_runs": whole,
+    "keep_failed_runs_days": seconds,
     "debug": st.booleans(),
     "log_formatter": st.sampled_from(["color", "text", "json", "multi"]),
 }
@@ -664,16 +673,20 @@ def test_secrets_appear_in_no_representation_and_no_error(secret: str) -> None:
         "redis_password": secret,
         "hmac_key": secret,
         "tokens": [secret, SecretStr(secret)],
+        "dagster_postgres_url": f"postgresql://u:{secret}@h/dagster",
+        "alert_webhook_url": f"https://hooks.example/{secret}",
     }
     settings = load(**chosen)
     shown = json.dumps({name: settings.shown(name) for name in Settings.model_fields})
     assert secret not in repr(settings) + str(settings) + shown
-    assert shown.count(HIDDEN) == 6
+    assert shown.count(HIDDEN) == 8
     wrong = {
         "redis_url": f"http://u:{secret}@h",
         "redis_password": [secret],
         "hmac_key": {"key": secret},
         "tokens": f"ö{secret}",
+        "dagster_postgres_url": f"mysql://u:{secret}@h/dagster",
+        "alert_webhook_url": f"hooks.example/{secret}",
         "s3_endpoint": f"ftp://u:{secret}@h",
     }
     with pytest.raises(SettingsError) as caught:

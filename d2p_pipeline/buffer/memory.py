@@ -37,7 +37,6 @@ class _Sealed:
     owner: str = ""
     lease_end: int = 0
     retry_at: int | None = None
-    failed_token: int = 0
 
 
 class MemoryBuffer:
@@ -200,13 +199,18 @@ class MemoryBuffer:
                 sealed is None
                 or _is_done(sealed)
                 or claim.token != sealed.batch.token
-                or claim.token == sealed.failed_token
+                or claim.token == sealed.batch.failed_token
             ):
                 return 0
             sealed.batch = msgspec.structs.replace(
-                sealed.batch, state="recovery", error=error, failures=sealed.batch.failures + 1, failed_at=self.now()
+                sealed.batch,
+                state="recovery",
+                error=error,
+                failures=sealed.batch.failures + 1,
+                failed_at=self.now(),
+                failed_token=claim.token,
             )
-            sealed.failed_token, sealed.owner, sealed.lease_end, sealed.retry_at = claim.token, "", 0, None
+            sealed.owner, sealed.lease_end, sealed.retry_at = "", 0, None
             return sealed.batch.failures
 
     def recovering(self, before: int | None = None) -> Iterator[Batch]:
@@ -216,9 +220,11 @@ class MemoryBuffer:
                 found = [sealed for sealed in found if sealed.retry_at is not None and sealed.retry_at <= before]
             return iter([sealed.batch for sealed in sorted(found, key=lambda sealed: sealed.retry_at or sys.maxsize)])
 
-    def retry_at(self, ref: BatchRef, when: int | None) -> None:
+    def retry_at(self, ref: BatchRef, when: int | None, *, requested: bool = False) -> None:
         with self._lock:
-            self._sealed[ref].retry_at = when
+            sealed = self._sealed[ref]
+            sealed.retry_at = when
+            sealed.batch = msgspec.structs.replace(sealed.batch, requests=sealed.batch.requests + requested)
 
     def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:
         with self._lock:

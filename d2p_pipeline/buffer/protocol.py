@@ -46,7 +46,8 @@ class BufferState(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """A sealed buffer. `token` counts the claims so far, `requests` the runs asked for."""
+    """A sealed buffer. `token` counts the claims so far, `requests` the runs asked for; `failed_token` is that of the claim
+    under which it failed last: where it is behind `token`, a later claim came to nothing or still holds."""
 
     key: str
     id: str
@@ -67,6 +68,7 @@ class Batch(msgspec.Struct, frozen=True):
     plan: tuple[tuple[int, int], ...] | None = None
     failures: int = 0
     failed_at: int = 0
+    failed_token: int = 0
     error: str = ""
 
     @property
@@ -196,8 +198,8 @@ class Buffer(Protocol):
         """Batches in recovery, oldest next attempt first; `before`: those whose next attempt is due."""
         ...
 
-    def retry_at(self, ref: BatchRef, when: int | None) -> None:
-        """When a batch in recovery is attempted next; None: when a person says so."""
+    def retry_at(self, ref: BatchRef, when: int | None, *, requested: bool = False) -> None:
+        """When a batch in recovery is looked at next; None: when a person says so. `requested`: a run was asked for."""
         ...
 
     def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:

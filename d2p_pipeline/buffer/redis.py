@@ -193,8 +193,11 @@ class RedisBuffer:
 
     def postpone(self, ref: BatchRef, until: int, *, requested: bool = False) -> None:
         if requested:
-            self._run([_Call("request", [self._names.of("batch-meta", *ref)], [])])
+            self._count_request(ref)
         self._run([_schedule(self._names.batches, until, _member(ref))])
+
+    def _count_request(self, ref: BatchRef) -> None:
+        self._run([_Call("request", [self._names.of("batch-meta", *ref)], [])])
 
     def is_claimed(self, ref: BatchRef) -> bool:
         return bool(self._one("EXISTS", self._names.of(self._names.lock, *ref)))
@@ -228,7 +231,9 @@ class RedisBuffer:
         for page in _pages(members):
             yield from self._in_state("recovery", self._names.recovery, page)
 
-    def retry_at(self, ref: BatchRef, when: int | None) -> None:
+    def retry_at(self, ref: BatchRef, when: int | None, *, requested: bool = False) -> None:
+        if requested:
+            self._count_request(ref)
         self._run([_schedule(self._names.recovery, "+inf" if when is None else when, _member(ref))])
 
     def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> Plan | None:
@@ -418,5 +423,6 @@ def _batch(ref: BatchRef, meta: dict[bytes, bytes]) -> Batch:
         plan=msgspec.json.decode(plan, type=Plan) if plan else None,
         failures=int(fields.get("failures", 0)),
         failed_at=int(fields.get("failed_at", 0)),
+        failed_token=int(fields.get("failed_token", 0)),
         error=_text(fields.get("error", b"")),
     )

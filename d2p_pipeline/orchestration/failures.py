@@ -5,13 +5,17 @@ later run over the same batch; a run that was killed is found by its lease, by t
 """
 
 import errno
+import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import dagster as dg
+from ulid import ULID
 
-from d2p_pipeline.buffer.protocol import Batch, BufferUnavailableError, Claim, ClaimLostError
+from d2p_pipeline.buffer.protocol import Batch, Buffer, BufferUnavailableError, Claim, ClaimLostError
 from d2p_pipeline.orchestration.keys import RECOVERY
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.parquet.errors import PermanentStoreError
@@ -20,6 +24,10 @@ from d2p_pipeline.settings import Settings
 
 LONGEST_DELAY_MS = 3_600_000
 _LAST_FOR_ERROR = 2000
+_MOMENT_MS = 10_000
+"""Lease of a claim that is only taken to say that a batch has failed."""
+_GIVEN_UP_AT_ONCE = 200
+_RUNS_LOOKED_AT = 100
 
 _PERMANENT = {
     errno.EACCES,
@@ -70,20 +78,59 @@ def put_into_recovery(
     instance: dg.DagsterInstance,
     log: dg.DagsterLogManager,
 ) -> None:
-    """Put one batch into recovery; where Redis does not answer, the batch's lease ends and the sensor finds it."""
+    """Put one batch of a run into recovery; where Redis does not answer, the batch's lease ends and the sensor finds it."""
     key, batch_id = claim.batch
     try:
-        failures = parts.buffer.fail(claim, _described(error))
+        failed = _fail(parts.buffer, parts.settings, claim, _described(error), log)
         parts.leases.drop(claim.batch)
-        batch = parts.buffer.batch(claim.batch)
-        if not failures or batch is None:
-            return
-        parts.buffer.retry_at(claim.batch, next_attempt(batch, parts.settings))
     except BufferUnavailableError as unavailable:
         log.warning(f"key={key} batch={batch_id} not put into recovery: {unavailable}")
         return
-    instance.add_dynamic_partitions(RECOVERY, [batch_id])
-    log.error(f"key={key} batch={batch_id} in recovery after failure {failures}: {_described(error)}")
+    if failed:
+        instance.add_dynamic_partitions(RECOVERY, [batch_id])
+
+
+def give_up(
+    buffer: Buffer,
+    settings: Settings,
+    batches: Iterable[Batch],
+    what: str,
+    instance: dg.DagsterInstance,
+    log: logging.Logger,
+) -> None:
+    """Put batches into recovery, or count another failure there, whose runs ended without saying what became of them.
+
+    The recovery sensor makes them partitions.
+    """
+    runs: Sequence[dg.DagsterRun] | None = None
+    for batch in islice(batches, _GIVEN_UP_AT_ONCE):
+        claim = buffer.claim(batch.ref, f"{settings.redis_lock_instance_name}:{ULID()}", _MOMENT_MS)
+        if claim:
+            runs = instance.get_runs(limit=_RUNS_LOOKED_AT) if runs is None else runs
+            _fail(buffer, settings, claim, f"{what}; {_last_run(instance, runs, batch)}", log)
+
+
+def _fail(
+    buffer: Buffer, settings: Settings, claim: Claim, reason: str, log: dg.DagsterLogManager | logging.Logger
+) -> bool:
+    failures = buffer.fail(claim, reason)
+    batch = buffer.batch(claim.batch)
+    if not failures or batch is None:
+        return False
+    buffer.retry_at(claim.batch, next_attempt(batch, settings))
+    log.error(f"key={batch.key} batch={batch.id} in recovery after failure {failures}: {reason}")
+    return True
+
+
+def _last_run(instance: dg.DagsterInstance, runs: Sequence[dg.DagsterRun], batch: Batch) -> str:
+    """How the newest run over a batch ended, as far as Dagster knows."""
+    for run in runs:
+        if f'"{batch.id}"' in json.dumps([run.run_config, run.tags]):
+            kinds = {dg.DagsterEventType.ENGINE_EVENT, dg.DagsterEventType.RUN_FAILURE}
+            messages = [entry.get_dagster_event().message for entry in instance.all_logs(run.run_id, of_type=kinds)]
+            said = " ".join(message for message in messages[-2:] if message)
+            return f"the last run, {run.run_id}, is {run.status.value}: {said}"
+    return "Dagster does not know the last run any more"
 
 
 def next_attempt(batch: Batch, settings: Settings) -> int | None:

@@ -2,27 +2,32 @@
 
 Materializing a partition of `recovery`, from the UI, the command line or the Python API, delivers that batch. The sensor adds
 the partitions of batches that came into recovery while Dagster was not looking, asks for automatic attempts when they are
-due, and removes partitions whose batch is delivered. It never removes one under a run: Dagster would fail that run.
+due, and removes partitions whose batch is delivered. It never removes one under a run or a backfill: Dagster would fail it.
 """
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, islice
 
 import dagster as dg
 from dagster import DagsterRunStatus
+from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus, PartitionBackfill
+from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
 from d2p_pipeline.buffer.protocol import Batch
 from d2p_pipeline.delivery import Delivered
 from d2p_pipeline.orchestration.assets import report_deliveries
-from d2p_pipeline.orchestration.failures import put_into_recovery
+from d2p_pipeline.orchestration.failures import give_up, put_into_recovery
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.keys import RECOVERY, partition_of
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.orchestration.sensor import parts as parts_of_process
+from d2p_pipeline.settings import load
 
-RUN_PARTITIONS = 25
-"""Partitions that one run of a backfill delivers: a run costs seconds before it does anything."""
-REQUESTS_PER_TICK = 50
+RUNS_PER_TICK = 10
 SENSOR_SECONDS = 15
+LOOK_AGAIN_MS = 60_000
+"""When a batch is looked at again after a run was asked for."""
 TAG_LENGTH = 200
 
 partitions = dg.DynamicPartitionsDefinition(name=RECOVERY)
@@ -30,7 +35,7 @@ partitions = dg.DynamicPartitionsDefinition(name=RECOVERY)
 
 @dg.asset(
     partitions_def=partitions,
-    backfill_policy=dg.BackfillPolicy.multi_run(RUN_PARTITIONS),
+    backfill_policy=dg.BackfillPolicy.multi_run(load().recovery_run_batches),
     group_name="delivery",
     kinds={"redis"},
     description=(
@@ -97,40 +102,79 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
     settings, buffer = parts_of_process()
     if settings.redis_skip_flush:
         return dg.SkipReason("this instance only receives (redis_skip_flush)")
-    waiting = {batch.id: batch for batch in buffer.recovering()}
-    known = set(context.instance.get_dynamic_partitions(RECOVERY))
-    in_flight = _partitions_in_flight(context.instance) if known or waiting else set()
-    changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
-    if missing := sorted(waiting.keys() - known):
-        changes.append(partitions.build_add_request(missing))
+    instance = context.instance
+    waiting = {batch.id for batch in buffer.recovering()}
+    known = instance.get_dynamic_partitions(RECOVERY)
+    held = _held(instance, known)
+    free = [
+        batch for batch in buffer.recovering(buffer.now()) if batch.id not in held and not buffer.is_claimed(batch.ref)
+    ]
+    lost = [batch for batch in free if batch.token > batch.failed_token]
+    give_up(
+        buffer, settings, lost, "the run that held it in recovery ended without delivering it", instance, context.log
+    )
+    due = {batch.id: batch for batch in free if batch.token == batch.failed_token}
+    missing = sorted(waiting.difference(known))
     # What a run is about to deliver, or a claim holds, may come back.
-    held = {batch.id for batch in buffer.open_batches()} if known - waiting.keys() else set()
-    if delivered := sorted(known - waiting.keys() - in_flight - held):
+    still_open = set() if waiting.issuperset(known) else {batch.id for batch in buffer.open_batches()}
+    delivered = [batch_id for batch_id in known if batch_id not in waiting | held | still_open]
+    changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
+    if missing:
+        changes.append(partitions.build_add_request(missing))
+    if delivered:
         changes.append(partitions.build_delete_request(delivered))
-    due = [batch for batch in buffer.recovering(buffer.now()) if batch.id not in in_flight][:REQUESTS_PER_TICK]
-    if not due and not changes:
+    requests: list[dg.RunRequest] = []
+    for group in islice(_groups([*known, *missing], due, settings.recovery_run_batches), RUNS_PER_TICK):
+        for batch in group:
+            buffer.retry_at(batch.ref, buffer.now() + LOOK_AGAIN_MS, requested=True)
+        requests.append(_request(group))
+    if not requests and not changes:
         return dg.SkipReason(f"{len(waiting)} batches in recovery, none due")
-    return dg.SensorResult(run_requests=[_request(batch) for batch in due], dynamic_partitions_requests=changes)
+    return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=changes)
 
 
-def _request(batch: Batch) -> dg.RunRequest:
+def _groups(order: Sequence[str], due: Mapping[str, Batch], most: int) -> Iterator[list[Batch]]:
+    """Due batches whose partitions follow each other: a run takes one partition, or a range of them."""
+    for is_due, ids in groupby(order, key=due.__contains__):
+        while is_due and (group := [due[batch_id] for batch_id in islice(ids, most)]):
+            yield group
+
+
+def _request(group: Sequence[Batch]) -> dg.RunRequest:
+    first, last = group[0], group[-1]
+    keys = {batch.key for batch in group}
+    tags = {
+        "d2p/key": partition_of(first.key)[:TAG_LENGTH] if len(keys) == 1 else f"{len(keys)} keys",
+        "d2p/batch": first.id if len(group) == 1 else f"{len(group)} batches from {first.id}",
+        "d2p/attempt": str(first.failures + 1),
+    }
+    if len(group) > 1:
+        tags |= {ASSET_PARTITION_RANGE_START_TAG: first.id, ASSET_PARTITION_RANGE_END_TAG: last.id}
     return dg.RunRequest(
-        run_key=f"recover:{batch.id}:{batch.failures}",
-        partition_key=batch.id,
-        tags={
-            "d2p/key": partition_of(batch.key)[:TAG_LENGTH],
-            "d2p/batch": batch.id,
-            "d2p/attempt": str(batch.failures + 1),
-        },
+        run_key=f"recover:{first.id}:{first.requests + 1}",
+        partition_key=first.id if len(group) == 1 else None,
+        tags=tags,
     )
 
 
-def _partitions_in_flight(instance: dg.DagsterInstance) -> set[str]:
-    """Partitions that runs not yet finished will materialize; a range of them is read as all."""
-    tags = [run.tags for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))]
-    if any("dagster/asset_partition_range_start" in some for some in tags):
-        return set(instance.get_dynamic_partitions(RECOVERY))
-    return {some["dagster/partition"] for some in tags if "dagster/partition" in some}
+def _held(instance: dg.DagsterInstance, known: Sequence[str]) -> set[str]:
+    """Partitions that unfinished runs and backfills are to materialize. Taking one away would fail the run or the backfill."""
+    if any(map(_is_ours, instance.get_backfills(BulkActionsFilter(statuses=_UNFINISHED_BACKFILL)))):
+        return set(known)
+    held: set[str] = set()
+    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+        first, last = (run.tags.get(tag) for tag in (ASSET_PARTITION_RANGE_START_TAG, ASSET_PARTITION_RANGE_END_TAG))
+        if first in known and last in known:
+            held.update(known[known.index(first) : known.index(last) + 1])
+        elif "dagster/partition" in run.tags:
+            held.add(run.tags["dagster/partition"])
+    return held
+
+
+def _is_ours(backfill: PartitionBackfill) -> bool:
+    if backfill.is_asset_backfill:
+        return recovery.key in (backfill.asset_selection or [])
+    return backfill.job_name == recover.name
 
 
 _UNFINISHED = [
@@ -140,3 +184,4 @@ _UNFINISHED = [
     DagsterRunStatus.STARTED,
     DagsterRunStatus.CANCELING,
 ]
+_UNFINISHED_BACKFILL = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.FAILING]

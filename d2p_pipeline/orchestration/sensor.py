@@ -17,6 +17,7 @@ from ulid import ULID
 from d2p_pipeline import wiring
 from d2p_pipeline.buffer.protocol import Batch, BatchRef, Buffer, BufferFullError, Seal
 from d2p_pipeline.orchestration.decide import Limits, share_runs, why_seal
+from d2p_pipeline.orchestration.failures import give_up
 from d2p_pipeline.orchestration.flush import flush
 from d2p_pipeline.orchestration.keys import partition_of
 from d2p_pipeline.settings import Settings, load
@@ -64,7 +65,10 @@ def buffer_sensor(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest
     with _one_at_a_time:
         sealed = seal_due(context, buffer, limits)
         batches = list(undelivered(buffer, context.instance))
-        groups = share_runs(batches, limits)
+        hopeless = [batch for batch in batches if batch.requests >= settings.run_attempts]
+        what = f"{settings.run_attempts} runs were asked for and none delivered it"
+        give_up(buffer, settings, hopeless, what, context.instance, context.log)
+        groups = share_runs([batch for batch in batches if batch.requests < settings.run_attempts], limits)
         for group in groups:
             for batch in group:
                 wait = min(LOOK_AGAIN_MS << min(batch.requests, 10), LOOK_AGAIN_LIMIT_MS)

@@ -236,6 +236,21 @@ def test_a_batch_in_recovery_is_due_when_it_was_told_to_be(buffer: Buffer) -> No
     assert [found.ref for found in buffer.recovering()] == [first.ref, second.ref]
 
 
+def test_a_run_asked_for_a_batch_in_recovery_is_counted_and_a_claim_that_came_to_nothing_is_seen(
+    buffer: Buffer,
+) -> None:
+    batch = failed(buffer)
+    assert batch.failed_token == batch.token
+    buffer.retry_at(batch.ref, buffer.now() + 1, requested=True)
+    claim = buffer.claim(batch.ref, "a run that dies", LEASE)
+    assert claim
+    buffer.release(claim)  # or the lease ends
+    found = buffer.batch(batch.ref)
+    assert found
+    assert (found.requests, found.failures) == (1, 1)
+    assert found.failed_token < found.token
+
+
 def test_a_batch_fails_again_and_again_and_keeps_its_delivered_units(buffer: Buffer) -> None:
     batch = failed(buffer)
     for failures in (2, 3):

@@ -2,6 +2,7 @@
 
 import dagster as dg
 import pytest
+from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.test_utils import create_run_for_test
 
 from d2p_pipeline.buffer.protocol import Batch, Seal, Totals
@@ -9,6 +10,7 @@ from d2p_pipeline.orchestration import sensor
 from d2p_pipeline.orchestration.failures import is_permanent
 from d2p_pipeline.orchestration.recovery import recovery, recovery_sensor
 from d2p_pipeline_tests.pipeline import Pipeline, line
+from d2p_pipeline_tests.system import until
 
 
 def fail(pipeline: Pipeline, *keys: str) -> list[Batch]:
@@ -169,17 +171,94 @@ def test_errors_that_last_are_told_from_those_that_may_pass(error: OSError, last
     assert is_permanent(error) is lasts
 
 
-def test_many_batches_in_recovery_are_requested_in_bounded_numbers(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("D2P_RECOVERY_DELAY", "0.001")
-    sensor.parts.cache_clear()
-    for number in range(60):
-        pipeline.receive([line(f"k{number}")], name=str(number))
-        [batch] = pipeline.buffer.seal([Seal(f"k{number}", f"B{number:03}", "age")])
+def failed_in_between(pipeline: Pipeline, number: int) -> list[Batch]:
+    """Batches whose runs failed without a word to Dagster."""
+    for index in range(number):
+        pipeline.receive([line(f"k{index}", f"from k{index}")], name=str(index))
+        [batch] = pipeline.buffer.seal([Seal(f"k{index}", f"B{index:03}", "age")])
         claim = pipeline.buffer.claim(batch.ref, "run", 60_000)
         assert claim
         pipeline.buffer.fail(claim, "disk full")
         pipeline.buffer.retry_at(batch.ref, 1)
-    assert len(tick(pipeline)) == 50
+    return list(pipeline.buffer.recovering())
+
+
+def launch(pipeline: Pipeline, request: dg.RunRequest) -> dg.ExecuteInProcessResult:
+    from d2p_pipeline.definitions import defs
+
+    return defs.resolve_job_def("recover").execute_in_process(
+        instance=pipeline.instance, partition_key=request.partition_key, tags=request.tags, raise_on_error=False
+    )
+
+
+def test_many_batches_in_recovery_share_few_runs_and_each_is_delivered_once(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_RECOVERY_RUN_BATCHES", "25")
+    sensor.parts.cache_clear()
+    batches = failed_in_between(pipeline, 60)
+    pipeline.buffer.retry_at(batches[30].ref, None)  # this one waits for a person
+    requests = tick(pipeline)
     assert len(partitions(pipeline)) == 60
+    assert [request.tags["d2p/batch"].split()[0] for request in requests] == ["25", "5", "25", "4"]
+    assert tick(pipeline) == []  # not asked for twice
+    for request in requests:
+        assert launch(pipeline, request).success
+    assert len(pipeline.messages()) == 59
+    assert [batch.id for batch in pipeline.buffer.recovering()] == [batches[30].id]
+    tick(pipeline)
+    assert partitions(pipeline) == [batches[30].id]
+
+
+def test_partitions_stay_while_a_backfill_is_under_way(pipeline: Pipeline) -> None:
+    batches = fail(pipeline, "a", "b")
+    repair(pipeline, "a", "b")
+    pipeline.instance.add_backfill(backfill_of(pipeline, batches))
+    assert recover(pipeline, *batches).success
+    tick(pipeline)
+    assert partitions(pipeline) == [batch.id for batch in batches]  # Dagster fails a backfill whose partitions go
+    [backfill] = pipeline.instance.get_backfills()
+    pipeline.instance.update_backfill(backfill.with_status(BulkActionStatus.COMPLETED_SUCCESS))
+    tick(pipeline)
+    assert partitions(pipeline) == []
+
+
+def backfill_of(pipeline: Pipeline, batches: list[Batch]) -> PartitionBackfill:
+    from d2p_pipeline.definitions import defs
+
+    return PartitionBackfill.from_asset_partitions(
+        backfill_id="backfill",
+        asset_graph=defs.get_repository_def().asset_graph,
+        partition_names=[batch.id for batch in batches],
+        asset_selection=[recovery.key],
+        backfill_timestamp=0.0,
+        tags={},
+        dynamic_partitions_store=pipeline.instance,
+        all_partitions=False,
+        title=None,
+        description=None,
+        run_config=None,
+    )
+
+
+def test_a_recovery_whose_runs_are_killed_is_counted_and_at_last_waits_for_a_person(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_RECOVERY_DELAY", "0.001")
+    monkeypatch.setenv("D2P_RECOVERY_ATTEMPTS", "2")
+    sensor.parts.cache_clear()
+    [batch] = failed_in_between(pipeline, 1)
+    run_keys: set[str | None] = set()
+    for failures in (1, 2):
+        [request] = until(lambda: tick(pipeline))
+        run_keys.add(request.run_key)
+        claim = pipeline.buffer.claim(batch.ref, "a run that is killed", 1)
+        assert claim
+        until(lambda: not pipeline.buffer.is_claimed(batch.ref))
+        pipeline.buffer.retry_at(batch.ref, 1)
+        tick(pipeline)
+        [found] = pipeline.buffer.recovering()
+        assert found.failures == failures + 1
+    assert len(run_keys) == 2
+    assert "ended without delivering it" in found.error
+    assert list(pipeline.buffer.recovering(pipeline.buffer.now() + 10**9)) == []

@@ -98,6 +98,26 @@ def test_a_run_that_came_to_nothing_is_asked_for_again_later_and_later(pipeline:
     assert looks[0] < looks[1] < looks[2]
 
 
+def test_a_batch_whose_runs_keep_dying_goes_into_recovery_with_what_is_known_of_the_last(
+    pipeline: Pipeline, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_RUN_ATTEMPTS", "2")
+    sensor.parts.cache_clear()
+    full(pipeline, "payments")
+    for attempt in range(2):
+        [request] = tick(pipeline)
+        run = create_run_for_test(pipeline.instance, job_name="flush", run_config=request.run_config)
+        pipeline.instance.report_engine_event(f"terminated with exit code -9, attempt {attempt}", run)
+        pipeline.instance.report_run_failed(run)
+        let_time_pass(pipeline, redis_client)
+    assert tick(pipeline) == []
+    [batch] = pipeline.buffer.recovering()
+    assert batch.error.startswith("2 runs were asked for and none delivered it; the last run, ")
+    assert "is FAILURE: terminated with exit code -9, attempt 1" in batch.error
+    assert pipeline.flush(batch.ref).success  # nothing is lost by it
+    assert len(pipeline.rows()) == 100
+
+
 def test_a_batch_is_not_asked_for_again_while_a_run_holds_or_awaits_it(pipeline: Pipeline, redis_client: Redis) -> None:
     full(pipeline, "payments")
     [request] = tick(pipeline)
