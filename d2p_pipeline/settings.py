@@ -377,7 +377,7 @@ class Settings(BaseSettings):
     s3_prefix: str = ""
     """Start of the key of every object."""
     s3_region: str | None = None
-    """Region of the bucket; required when `writer_type` is `aws-s3`, unless `s3_endpoint` is given."""
+    """Region of the bucket; without it that of `AWS_REGION` or the profile, else us-east-1."""
     s3_endpoint: S3Endpoint | None = None
     """URL of another S3 service than that of AWS."""
     s3_path_style: bool = Field(
@@ -763,9 +763,6 @@ def _s3_conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
     if settings.s3_bucket_name is None:
         problem = Problem("s3_bucket_name", None, "is required when writer_type is aws-s3")
         yield {"writer_type", "s3_bucket_name"}, problem
-    if settings.s3_region is None and settings.s3_endpoint is None:
-        problem = Problem("s3_region", None, "is required when writer_type is aws-s3 and s3_endpoint is not given")
-        yield {"writer_type", "s3_region", "s3_endpoint"}, problem
     if settings.s3_kms_key_id is not None and settings.s3_encryption != "sse-kms":
         problem = Problem("s3_kms_key_id", None, "needs s3_encryption = sse-kms")
         yield {"s3_kms_key_id", "s3_encryption"}, problem

@@ -5,11 +5,13 @@ Each part is imported where it is made, so that a conversion does without Redis 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2p_pipeline.records.rules import Rules
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from d2p_pipeline.buffer.embedded import EmbeddedRedis
     from d2p_pipeline.buffer.redis import RedisBuffer
     from d2p_pipeline.parquet.encode import Encoding
@@ -91,12 +93,20 @@ def open_buffer(settings: Settings) -> tuple[RedisBuffer, list[str]]:
     return buffer, warnings
 
 
-def store(settings: Settings) -> Store:
-    """Where files go. Raises StoreError when S3 credentials cannot be found or a URL cannot be opened."""
+def store(settings: Settings, s3_client: Callable[[], Any] | None = None, *, is_patient: bool = True) -> Store:
+    """Where files go; `s3_client` gives the client of a bucket in place of one that the settings describe.
+
+    One that is not patient gives up within about 20 seconds.
+
+    Raises StoreError when S3 credentials cannot be found or a URL cannot be opened.
+    """
     if settings.writer_type == "aws-s3":
         from d2p_pipeline.parquet.s3 import S3Store
 
-        return S3Store(bucket(settings), timeout=settings.s3_timeout)
+        client = s3_client() if s3_client else None
+        if is_patient:
+            return S3Store(bucket(settings), client=client, timeout=settings.s3_timeout)
+        return S3Store(bucket(settings), client=client, timeout=min(settings.s3_timeout, 10.0), attempts=2)
     if settings.writer_url is not None:
         from d2p_pipeline.parquet.filesystem import FilesystemStore
 
@@ -104,6 +114,35 @@ def store(settings: Settings) -> Store:
     from d2p_pipeline.parquet.store import LocalStore
 
     return LocalStore(settings.writer_file_path)
+
+
+def check_s3_resource(settings: Settings, s3: Any) -> None:
+    """Refuse settings that an S3Resource of dagster_aws replaces, and secrets in it that Dagster's UI would show.
+
+    Raises SettingsError.
+    """
+    from d2p_pipeline.settings import Problem, SettingsError
+
+    problems = [
+        Problem(name, None, f"has no effect with an S3Resource, which has {own}; give it there")
+        for name, own in _CONNECTING.items()
+        if getattr(settings, name) is not None
+    ]
+    problems += [
+        Problem(f"S3Resource.{name}", None, 'would be shown in the UI; give dg.EnvVar("…") or profile_name')
+        for name in ("aws_secret_access_key", "aws_session_token")
+        if getattr(s3, name) is not None and not hasattr(getattr(s3, name), "env_var_name")
+    ]
+    if problems:
+        raise SettingsError(problems)
+
+
+_CONNECTING = {
+    "s3_region": "region_name",
+    "s3_endpoint": "endpoint_url",
+    "s3_role_arn": "profile_name, for a profile that has role_arn",
+}
+"""Settings that say how the bucket is reached, and what an S3Resource has for them."""
 
 
 def bucket(settings: Settings) -> Bucket:

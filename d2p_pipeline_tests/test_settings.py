@@ -209,7 +209,6 @@ def valid_settings(draw: DrawFn) -> dict[str, Any]:
     needed = {
         "hmac_key": bool(chosen.get("use_hmac")),
         "s3_bucket_name": chosen.get("writer_type") == "aws-s3",
-        "s3_region": chosen.get("writer_type") == "aws-s3",
         "s3_role_arn": chosen.get("writer_type") == "aws-s3" and "s3_external_id" in chosen,
         "tokens": "address" in chosen,
         "tls_cert": "tls_key" in chosen,
@@ -604,9 +603,9 @@ def test_a_password_in_an_s3_url_is_refused_and_not_shown() -> None:
     assert "hunter2" not in problems(lambda: load(s3_endpoint="http://u:hunter2@minio"))["s3_endpoint"]
 
 
-def test_a_bucket_and_its_place_are_needed_for_s3() -> None:
-    assert set(problems(lambda: load(writer_type="aws-s3"))) == {"s3_bucket_name", "s3_region"}
-    assert load(writer_type="aws-s3", s3_bucket_name="b-1", s3_endpoint="http://minio:9000").s3_region is None
+def test_a_bucket_is_needed_for_s3_and_its_region_may_come_from_the_environment_of_aws() -> None:
+    assert set(problems(lambda: load(writer_type="aws-s3"))) == {"s3_bucket_name"}
+    assert load(writer_type="aws-s3", s3_bucket_name="b-1").s3_region is None
 
 
 def test_a_certificate_needs_its_key_and_the_reverse() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2p_pipeline.cli.setup import ConfigFile, check_records, settings_of
+from d2p_pipeline.cli.setup import ConfigFile, check_records, check_store, settings_of
 
 if TYPE_CHECKING:
     from d2p_pipeline.ingest.convert import Plan, Summary
@@ -45,6 +45,8 @@ def convert(
     names = _names(files)
     settings = settings_of(config, writer_file_path=out)
     check_records(settings)
+    if settings.writer_type != "file" or settings.writer_url:
+        check_store(settings)  # after an hour of reading it is late to learn that a right is missing
     plan = _plan(settings)
     block_bytes, jobs = _shares(memory_limit, jobs)
 

@@ -1,6 +1,7 @@
 """Where outputs of ops go: files through the store, everything else in memory for as long as its unit is worked on."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
@@ -14,24 +15,38 @@ from d2p_pipeline.parquet.layout import capability_prefix
 from d2p_pipeline.parquet.store import Store
 from d2p_pipeline.settings import load
 
+if TYPE_CHECKING:
+    from dagster_aws.s3 import S3Resource
+
 
 class ParquetIOManager(dg.ConfigurableIOManager):
     """Writes the files an op returns, atomically; gives the next op what was written.
 
     A downstream asset with `parquet_files` as its input receives a Polars LazyFrame over the files of its partition's key,
     or of all keys where it is not partitioned.
+
+    An `s3` of dagster_aws connects to the bucket instead of what the settings say; see `definitions.build_defs`.
     """
+
+    # Dagster takes any resource here; a type would import dagster_aws, which costs every run a second.
+    s3: dg.ResourceDependency["S3Resource"] = None  # pyright: ignore[reportAssignmentType]
 
     _store: Store | None = PrivateAttr(default=None)
     _written: dict[str, list[Written]] = PrivateAttr(default_factory=dict)
 
-    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        self._store = wiring.store(load())
-
     @property
     def store(self) -> Store:
-        assert self._store
+        """Opened at its first use, by a step: what is wrong then is a failure of that step, not of the run's start."""
+        if self._store is None:
+            self._store = wiring.store(load(), self._s3_client())
         return self._store
+
+    def check(self) -> None:
+        """Prove within seconds that files can be written. Raises StoreError or OSError."""
+        wiring.store(load(), self._s3_client(), is_patient=False).check()
+
+    def _s3_client(self) -> Callable[[], Any] | None:
+        return self.s3.get_client if self.s3 else None
 
     def handle_output(self, context: dg.OutputContext, obj: list[ParquetFile]) -> None:
         written = self.write(obj)

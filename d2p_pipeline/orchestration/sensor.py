@@ -34,6 +34,8 @@ START_SECONDS = 120
 TAG_LENGTH = 200
 
 _one_at_a_time = threading.Lock()
+_proven: list[Settings] = []
+"""Settings of this process that files have been written with."""
 
 
 @functools.cache
@@ -55,6 +57,7 @@ def buffer_sensor(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest
     if settings.redis_skip_flush:
         yield dg.SkipReason("this instance only receives (redis_skip_flush)")
         return
+    prove_store(context, settings)
     limits = Limits(
         records=settings.buffer_size,
         size=settings.flush_bytes,
@@ -76,6 +79,17 @@ def buffer_sensor(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest
             yield run_request(group)
         if not groups:
             yield dg.SkipReason(f"nothing due; sealed {sealed}")
+
+
+def prove_store(context: dg.SensorEvaluationContext, settings: Settings) -> None:
+    """Write and delete a file before this process seals its first batch: until that works each tick fails and says why, and
+    the records stay where they are. Runs do not pay for it."""
+    if context.repository_def is None or settings in _proven:
+        return
+    parquet = context.repository_def.get_top_level_resources()["parquet"]
+    with dg.build_resources({"parquet": parquet}) as resources:
+        resources.parquet.check()
+    _proven.append(settings)
 
 
 def seal_due(context: dg.SensorEvaluationContext, buffer: Buffer, limits: Limits) -> int:

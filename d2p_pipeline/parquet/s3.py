@@ -14,11 +14,12 @@ the one that loses gets a TransientStoreError, and both write the same bytes.
 
 import contextlib
 import logging
+import os
 import secrets
 import string
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -28,7 +29,12 @@ from urllib.parse import quote, urlencode
 import pyarrow as pa
 from botocore import exceptions as boto
 from botocore.config import Config
-from botocore.credentials import AssumeRoleCredentialFetcher, Credentials, DeferredRefreshableCredentials
+from botocore.credentials import (
+    AssumeRoleCredentialFetcher,
+    Credentials,
+    DeferredRefreshableCredentials,
+    ReadOnlyCredentials,
+)
 from botocore.session import Session
 
 from d2p_pipeline.parquet.errors import PermanentStoreError, StoreError, TransientStoreError
@@ -89,18 +95,34 @@ class S3Store:
     backoff with jitter between them), PermanentStoreError at once for others. So does the constructor, which looks for
     credentials: environment, profile, web identity, container, instance. `timeout` is the longest silence of the
     server, in seconds.
+
+    A `client` of botocore or boto3 that is given is used as it is; then it says region, endpoint, credentials, timeouts
+    and attempts, and the bucket only what to write.
     """
 
     def __init__(
-        self, bucket: Bucket, *, timeout: float = 60.0, attempts: int = 5, part_bytes: int = PART_BYTES
+        self,
+        bucket: Bucket,
+        *,
+        client: Any = None,
+        timeout: float = 60.0,
+        attempts: int = 5,
+        part_bytes: int = PART_BYTES,
     ) -> None:
-        self._bucket = bucket
-        self._again = partial(S3Store, timeout=timeout, attempts=attempts, part_bytes=part_bytes)
+        self._again = partial(S3Store, client=client, timeout=timeout, attempts=attempts, part_bytes=part_bytes)
         self._root = f"{bucket.prefix.strip('/')}/".lstrip("/")
         self._part_bytes = part_bytes
+        self._bucket = bucket
+        self._is_given = client is not None
         _keep_secrets_out_of_the_log()
         with self._telling("open", ""):
-            self._credentials, self._region, self._client = _connect(bucket, timeout, attempts)
+            if client is None:
+                credentials, self._region, self._client = _connect(bucket, timeout, attempts)
+                self._frozen_credentials = credentials.get_frozen_credentials
+            else:
+                self._region, self._client = client.meta.region_name, client
+                self._frozen_credentials = partial(_credentials_of, client)
+                self._bucket = replace(bucket, endpoint=client.meta.endpoint_url, path_style=True)
 
     def write(self, path: str, data: "Buffer", metadata: Mapping[str, str] | None = None) -> None:
         """Make `data` durable under `path`, with `metadata` as the object's own (2 KB at most)."""
@@ -130,7 +152,7 @@ class S3Store:
         The credentials are good for ten minutes at least if they are a role's, so ask again for each scan.
         """
         with self._telling("read", self._root):
-            credentials = self._credentials.get_frozen_credentials()
+            credentials = self._frozen_credentials()
         options = {
             "aws_region": self._region,
             "aws_access_key_id": credentials.access_key,
@@ -182,7 +204,13 @@ class S3Store:
         try:
             yield
         except (boto.BotoCoreError, boto.ClientError) as error:
-            raise _store_error(error, doing, self._url(key), self._bucket) from error
+            raise self._error(error, doing, key) from error
+
+    def _error(self, error: Exception, doing: str, key: str) -> StoreError:
+        told = _store_error(error, doing, self._url(key), self._bucket)
+        if self._is_given:
+            told.advice = told.advice.replace("s3_region", "region_name").replace("s3_endpoint", "endpoint_url")
+        return told
 
     def _object_options(self, metadata: Mapping[str, str]) -> dict[str, Any]:
         bucket = self._bucket
@@ -241,7 +269,7 @@ class S3Store:
             self._abort({"Bucket": self._bucket.name, "Key": key, "UploadId": upload["UploadId"]})
 
     def _warn_of_leftovers(self, key: str, error: Exception) -> None:
-        told = _store_error(error, "remove unfinished uploads of", self._url(key), self._bucket)
+        told = self._error(error, "remove unfinished uploads of", key)
         _log.warning(
             "%s; they cost storage until the next write of this file, or until a lifecycle rule ends them", told
         )
@@ -279,7 +307,8 @@ class _Known:
 def _connect(bucket: Bucket, timeout: float, attempts: int) -> tuple[Credentials, str, Any]:
     """Credentials that renew themselves, the region, and a client."""
     session = Session()
-    region = bucket.region or session.get_config_variable("region") or _DEFAULT_REGION
+    # Other SDKs of AWS, and what sets the variables in its containers, know both names.
+    region = bucket.region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or _DEFAULT_REGION
     network: dict[str, Any] = {
         "max_pool_connections": _CONNECTIONS,
         "connect_timeout": min(timeout, 10.0),
@@ -305,6 +334,14 @@ def _connect(bucket: Bucket, timeout: float, attempts: int) -> tuple[Credentials
     )
     client = session.create_client("s3", region_name=region, endpoint_url=bucket.endpoint, config=config)
     return credentials, region, client
+
+
+def _credentials_of(client: Any) -> ReadOnlyCredentials:
+    """What a client signs with at this moment, for readers that are no clients; nothing public tells."""
+    credentials = client._get_credentials()
+    if credentials is None:
+        raise boto.NoCredentialsError
+    return credentials.get_frozen_credentials()
 
 
 def _assumed(session: Session, source: Credentials, role: Role, region: str, config: Config) -> Credentials:

@@ -240,7 +240,9 @@ def test_a_web_identity_gives_credentials(
     monkeypatch.setenv("AWS_ROLE_ARN", ROLE)
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", s3_proxy.url)
     monkeypatch.setenv("AWS_REGION", REGION)
-    open_store(bucket).write("x.parquet", b"")
+    store = open_store(replace(bucket, region=None))
+    store.write("x.parquet", b"")
+    assert store.storage_options()["aws_region"] == REGION
     assert s3_proxy.operations() == ["AssumeRoleWithWebIdentity", "PutObject"]
     assert s3_proxy.of("PutObject")[0].access_key.startswith("ASIA")
 
