@@ -409,21 +409,37 @@ class Settings(BaseSettings):
     """Longest silence of the S3 or STS service before a request is tried again, in seconds."""
 
     address: Annotated[str, _matching(r"\S+", "an address or a host name")] = "127.0.0.1"
-    """Address to listen on; beyond loopback only with `tokens` or `allow_remote_without_token`."""
+    """Address to listen on; beyond loopback only with `tokens`, `tokens_file` or `allow_remote_without_token`."""
     port: Port = 8080
     """Port to listen on."""
     workers: Count = 1
     """Processes that receive."""
     max_body_bytes: Bytes = 64 * 2**20
     """Longest request body, in bytes after decompression."""
+    max_expansion: Count = 1000
+    """How many times its size a compressed body may expand to, beyond the first MiB."""
+    max_request_keys: Count = 1000
+    """Keys that the records of one request may have."""
+    max_held_bytes: Bytes = 512 * 2**20
+    """Bytes of request bodies that one worker holds in memory before it refuses further ones."""
+    max_connections: Count = 4096
+    """Connections served at a time, by all workers together; further ones wait."""
+    header_timeout: Seconds = 30.0
+    """Longest time a request's head may take, in seconds."""
+    body_timeout: Seconds = 60.0
+    """Longest time a request's body may take, in seconds, and one more for every 64 KiB it brings."""
     tokens: Tokens = ()
     """Bearer tokens, any of which a request has to carry; comma or space between them (secret)."""
+    tokens_file: Path | None = None
+    """File of further bearer tokens, one a line; read again within a second of a change, so tokens rotate without a restart."""
     allow_remote_without_token: bool = False
     """Listen beyond loopback though everyone who reaches the port may write."""
     tls_cert: Path | None = None
     """Certificate chain (PEM) to serve HTTPS with; needs `tls_key`."""
     tls_key: Path | None = None
     """Private key (PEM) of `tls_cert`."""
+    tls_client_ca: Path | None = None
+    """Certificates (PEM) of the authorities that clients' certificates have to come from; needs `tls_cert`."""
 
     dagster_port: Port = 3000
     """Port of the Dagster webserver."""
@@ -749,13 +765,17 @@ def _conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
         yield {"use_hmac", "hmac_key"}, Problem("hmac_key", None, "is required when use_hmac is true")
     if settings.writer_type == "aws-s3":
         yield from _s3_conflicts(settings)
-    if not (settings.tokens or settings.allow_remote_without_token or _is_loopback(settings.address)):
-        allowed = "beyond loopback, give tokens, or set allow_remote_without_token to let everyone write"
-        involved = {"address", "tokens", "allow_remote_without_token"}
+    if not (
+        settings.tokens or settings.tokens_file or settings.allow_remote_without_token or _is_loopback(settings.address)
+    ):
+        allowed = "beyond loopback, give tokens or tokens_file, or set allow_remote_without_token to let everyone write"
+        involved = {"address", "tokens", "tokens_file", "allow_remote_without_token"}
         yield involved, Problem("address", repr(settings.address), allowed)
     if (settings.tls_cert is None) != (settings.tls_key is None):
         missing, other = ("tls_key", "tls_cert") if settings.tls_key is None else ("tls_cert", "tls_key")
         yield {"tls_cert", "tls_key"}, Problem(missing, None, f"is required with {other}")
+    if settings.tls_client_ca is not None and settings.tls_cert is None:
+        yield {"tls_client_ca", "tls_cert"}, Problem("tls_cert", None, "is required with tls_client_ca")
     yield from _name_conflicts(settings)
 
 

@@ -186,10 +186,18 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "port": st.integers(1, 65535),
     "workers": whole,
     "max_body_bytes": whole,
+    "max_expansion": whole,
+    "max_request_keys": whole,
+    "max_held_bytes": whole,
+    "max_connections": whole,
+    "header_timeout": seconds,
+    "body_timeout": seconds,
     "tokens": words,
+    "tokens_file": path,
     "allow_remote_without_token": st.booleans(),
     "tls_cert": path,
     "tls_key": path,
+    "tls_client_ca": path,
     "dagster_port": st.integers(1, 65535),
     "dagster_postgres_url": st.sampled_from(
         ["postgresql://u:p@h:5432/dagster", "postgres://h/dagster?sslmode=require"]
@@ -211,8 +219,8 @@ def valid_settings(draw: DrawFn) -> dict[str, Any]:
         "s3_bucket_name": chosen.get("writer_type") == "aws-s3",
         "s3_role_arn": chosen.get("writer_type") == "aws-s3" and "s3_external_id" in chosen,
         "tokens": "address" in chosen,
-        "tls_cert": "tls_key" in chosen,
-        "tls_key": "tls_cert" in chosen,
+        "tls_cert": "tls_key" in chosen or "tls_client_ca" in chosen,
+        "tls_key": "tls_cert" in chosen or "tls_client_ca" in chosen,
     }
     for name, is_needed in needed.items():
         if is_needed and name not in chosen:
@@ -611,6 +619,7 @@ def test_a_bucket_is_needed_for_s3_and_its_region_may_come_from_the_environment_
 def test_a_certificate_needs_its_key_and_the_reverse() -> None:
     assert set(problems(lambda: load(tls_cert="c.pem"))) == {"tls_key"}
     assert set(problems(lambda: load(tls_key="k.pem"))) == {"tls_cert"}
+    assert set(problems(lambda: load(tls_client_ca="ca.pem"))) == {"tls_cert"}
 
 
 @pytest.mark.parametrize("taken", ["data", "stats", "batch", "batches"])

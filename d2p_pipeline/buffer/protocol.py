@@ -100,12 +100,22 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What became of a key's records: accepted = rows + dead_letters + discarded + what still waits."""
+    """What became of a key's records: accepted = rows + dead_letters + discarded + what still waits.
+
+    And what it took: files and units written, milliseconds from seal to acknowledgement added up over the units, batches that
+    failed, batches sealed by reason.
+    """
 
     accepted: int
     rows: int
     dead_letters: int
     discarded: int = 0
+    files: int = 0
+    file_bytes: int = 0
+    units: int = 0
+    delivery_ms: int = 0
+    failures: int = 0
+    sealed: dict[str, int] = {}
 
 
 class ClaimLostError(Exception):

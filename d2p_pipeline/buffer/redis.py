@@ -275,7 +275,8 @@ class RedisBuffer:
     def totals(self) -> Iterator[tuple[str, Totals]]:
         for key, name in self._keys_of("totals"):
             values = self._one("HMGET", name, "accepted", "rows", "dead_letters", "discarded")
-            yield key, Totals(*(int(value or 0) for value in values))
+            accepted, rows, dead_letters, discarded = (int(value or 0) for value in values)
+            yield key, Totals(accepted, rows, dead_letters, discarded)
 
     def _keys_of(self, prefix: str) -> Iterator[tuple[str, bytes]]:
         names: Iterator[bytes] = self._client.scan_iter(match=f"{_glob(prefix)}:{{*", count=_PAGE)

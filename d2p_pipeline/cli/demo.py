@@ -134,7 +134,7 @@ class Feed:
 
     def _lines(self) -> Iterator[bytes]:
         from d2p_pipeline.ingest.generator import capability_of, generate
-        from d2p_pipeline.ingest.receiver import UNKNOWN_KEY
+        from d2p_pipeline.ingest.intake import UNKNOWN_KEY
 
         for line in generate(self.records, keys=self.keys, bad_ratio=self.bad_ratio):
             self.by_key[capability_of(line) or UNKNOWN_KEY] += 1

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from d2p_pipeline.cli.setup import ConfigFile, check_records, redis, settings_of
+from d2p_pipeline.cli.setup import ConfigFile, check_receiver, check_records, redis, settings_of
 
 
 def receive(
@@ -16,6 +16,7 @@ def receive(
     """Take records over HTTP into the buffer. SIGTERM: stop accepting, finish what is in flight, exit 0."""
     settings = settings_of(config, address=address, port=port, workers=workers)
     check_records(settings)
+    check_receiver(settings)
     with redis(settings):
         from d2p_pipeline.ingest.server import serve
 

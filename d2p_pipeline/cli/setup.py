@@ -42,6 +42,21 @@ def check_records(settings: "Settings") -> None:
         raise typer.Exit(2) from error
 
 
+def check_receiver(settings: "Settings") -> None:
+    """Prove that tokens and certificates can be read; what is wrong ends the command with exit code 2."""
+    from d2p_pipeline.ingest.tokens import TokenFileError, read
+
+    try:
+        if settings.tokens_file:
+            read(settings.tokens_file)
+        for path in (settings.tls_cert, settings.tls_key, settings.tls_client_ca):
+            if path:
+                path.read_bytes()
+    except (TokenFileError, OSError) as error:
+        typer.echo(f"the receiver cannot start: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
 def check_store(settings: "Settings") -> None:
     """Prove that files can be written where they are to go; what is wrong ends the command with exit code 2."""
     from d2p_pipeline import wiring

@@ -7,10 +7,12 @@ A request is answered after its commit: everything of it is stored, or nothing.
 import asyncio
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -18,26 +20,79 @@ from d2p_pipeline.buffer.protocol import Buffer, Push
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.dead_letter import DeadLetter
 
+if TYPE_CHECKING:
+    from d2p_pipeline.ingest.pressure import Pressure
+
 CHUNK_BYTES = 1 << 20
 """Raw bytes after which a key's lines go on in another chunk, so that units can be cut evenly."""
+GROUP_BYTES = 8 << 20
+"""Raw bytes after which a group takes no further request, so that small requests do not wait for many large ones."""
+
+
+class Packed(NamedTuple):
+    """A chunk that is ready, with its number of records and their raw bytes."""
+
+    chunk: bytes
+    records: int
+    size: int
 
 
 @dataclass
 class Request:
-    """What one request brings: canonical lines and dead letters by key."""
+    """What one request brings: canonical lines and dead letters by key; of a large one, full chunks too.
 
+    One with an `id` is stored once, however often it comes within the window; it shares chunks with no other.
+    """
+
+    id: str = ""
     lines: dict[str, list[bytes]] = field(default_factory=dict[str, list[bytes]])
     dead_letters: dict[str, list[DeadLetter]] = field(default_factory=dict[str, list[DeadLetter]])
+    packed: dict[str, list[Packed]] = field(default_factory=dict[str, list[Packed]])
+    size: int = 0
+    """Raw bytes, as far as they were counted."""
+
+    @property
+    def keys(self) -> set[str]:
+        return {*self.lines, *self.dead_letters, *self.packed}
+
+    def sizes(self) -> Counter[str]:
+        """Raw bytes of good records, by key."""
+        sizes = Counter({key: sum(map(len, lines)) + len(lines) for key, lines in self.lines.items()})
+        for key, packed in self.packed.items():
+            sizes[key] += sum(part.size for part in packed)
+        return sizes
+
+    def pack(self) -> None:
+        """Make chunks of all lines that fill some. Where they are cut depends on the lines alone."""
+        now = time.time_ns() // 1_000_000
+        for key, lines in self.lines.items():
+            *full, last = _parts(lines)
+            if full:
+                self.packed.setdefault(key, []).extend(_packed(part, now) for part in full)
+                self.lines[key] = last
 
 
 class GroupCommit:
-    """Commits requests to a buffer in groups; one per event loop."""
+    """Commits requests to a buffer in groups; one per event loop.
 
-    def __init__(self, buffer: Buffer, *, window: int, keep_dead_letters: bool) -> None:
+    `observe` is told requests and seconds of each commit, and whether it failed.
+    """
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        *,
+        window: int,
+        keep_dead_letters: bool,
+        pressure: "Pressure | None" = None,
+        observe: Callable[[int, float, bool], None] = lambda requests, seconds, failed: None,
+    ) -> None:
         self._buffer = buffer
         self._window = window
         self._keep_dead_letters = keep_dead_letters
-        self._waiting: list[tuple[Request, asyncio.Future[None]]] = []
+        self._pressure = pressure
+        self._observe = observe
+        self._waiting: deque[tuple[Request, asyncio.Future[None]]] = deque()
         self._running: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "d2p-commit")
         self._producer = os.urandom(8).hex()
@@ -45,19 +100,25 @@ class GroupCommit:
 
     async def store(self, request: Request) -> None:
         """Return when the buffer has the whole request; raises what the buffer raises, with nothing of it stored."""
+        if self._pressure:
+            await self._pressure.admit(request)
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((request, done))
         if self._running is None:
             self._running = asyncio.create_task(self._commit_all())
         await done
+        if self._pressure:
+            self._pressure.added(request.sizes())
 
     async def _commit_all(self) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(0)  # let every request of this turn join
         while self._waiting:
-            group, self._waiting = self._waiting, []
+            group = self._group()
+            started = time.perf_counter()
             commit = loop.run_in_executor(self._thread, self._commit, [request for request, _ in group])
             [outcome] = await asyncio.gather(commit, return_exceptions=True)
+            self._observe(len(group), time.perf_counter() - started, outcome is not None)
             for _, done in group:
                 if done.done():  # its client went away
                     continue
@@ -66,6 +127,14 @@ class GroupCommit:
                 else:
                     done.set_exception(outcome)
         self._running = None
+
+    def _group(self) -> list[tuple[Request, "asyncio.Future[None]"]]:
+        group: list[tuple[Request, asyncio.Future[None]]] = []
+        size = 0
+        while self._waiting and size < GROUP_BYTES:
+            group.append(self._waiting.popleft())
+            size += group[-1][0].size
+        return group
 
     def _commit(self, requests: Sequence[Request]) -> None:
         self._sequence += 1
@@ -81,22 +150,36 @@ class GroupCommit:
 
 def pushes(requests: Sequence[Request], name: str, window: int, *, keep_dead_letters: bool) -> Iterator[Push]:
     """The pushes of a group: per key its lines in chunks of about `CHUNK_BYTES`, and its dead letters."""
+    yield from _pushes([request for request in requests if not request.id], name, window, keep_dead_letters)
+    for request in requests:
+        if request.id:
+            yield from _pushes([request], request.id, window, keep_dead_letters)
+
+
+def _pushes(requests: Sequence[Request], name: str, window: int, keep_dead_letters: bool) -> Iterator[Push]:
     lines: dict[str, list[bytes]] = {}
+    ready: dict[str, list[Packed]] = {}
     dead_letters: dict[str, list[DeadLetter]] = {}
     for request in requests:
         for key, some in request.lines.items():
             lines.setdefault(key, []).extend(some)
+        for key, packed in request.packed.items():
+            ready.setdefault(key, []).extend(packed)
         for key, letters in request.dead_letters.items():
             dead_letters.setdefault(key, []).extend(letters)
     now = time.time_ns() // 1_000_000
     for key, every in lines.items():
-        for number, part in enumerate(_parts(every)):
-            size = sum(map(len, part)) + len(part)
-            yield Push(key, f"{name}-{number}", window, chunk.encode(part, now), len(part), size)
+        some = (*ready.get(key, ()), *(_packed(part, now) for part in _parts(every)))
+        for number, part in enumerate(some):
+            yield Push(key, f"{name}-{number}", window, *part)
     number = count()
     for key, letters in dead_letters.items():
         kept = [msgspec.structs.replace(letter, id=f"{name}-{next(number)}").to_json() for letter in letters]
         yield Push(key, f"{name}-dead", window, rejected=len(letters), dead_letters=kept if keep_dead_letters else [])
+
+
+def _packed(lines: list[bytes], now: int) -> Packed:
+    return Packed(chunk.encode(lines, now), len(lines), sum(map(len, lines)) + len(lines))
 
 
 def _parts(lines: list[bytes]) -> Iterator[list[bytes]]:

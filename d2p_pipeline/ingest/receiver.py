@@ -1,55 +1,45 @@
 """The HTTP receiver: requests to canonical lines, by group commit into the buffer, answered when the buffer has them.
 
 It speaks RSGI, granian's own protocol (https://github.com/emmett-framework/granian/blob/master/docs/spec/RSGI.md): the
-thinnest way from a socket to Python there is. Routes and answers are those of the README's HTTP table. An answer in the 200s
-means that the buffer has the records; any other means that it has none of them.
+thinnest way from a socket to Python there is. Routes and answers are those of docs/receiver.md. An answer in the 200s
+means that the buffer has the records; any other means that it has none of them, but for a 503 that says Redis did not
+answer: then nobody knows, and a repetition under the same Idempotency-Key is right in either case.
 """
 
 import asyncio
-import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 from granian._granian import RSGIHTTPProtocol as HTTPProtocol
 from granian.rsgi import Scope
 
 from d2p_pipeline.buffer.protocol import Buffer, BufferFullError, BufferUnavailableError
-from d2p_pipeline.ingest.bodies import BodyError, records
+from d2p_pipeline.ingest import openapi
+from d2p_pipeline.ingest.admission import Admission
+from d2p_pipeline.ingest.answers import Answer, HttpError
+from d2p_pipeline.ingest.bodies import SNIFFED, BodyError, Packed, Raw, Splitter, is_packed, records, splitter
 from d2p_pipeline.ingest.commit import GroupCommit, Request
-from d2p_pipeline.records.accept import acceptor
-from d2p_pipeline.records.conceal import conceal
-from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
-from d2p_pipeline.records.key import key_of
+from d2p_pipeline.ingest.fluent import Completion, Misfit
+from d2p_pipeline.ingest.intake import Intake
+from d2p_pipeline.ingest.pressure import KeyFullError
+from d2p_pipeline.ingest.reading import Bodies, Body
+from d2p_pipeline.ingest.tokens import Tokens
+from d2p_pipeline.records.dead_letter import Rejected
 from d2p_pipeline.records.rules import Rules
+
+if TYPE_CHECKING:
+    from d2p_pipeline.ingest.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-SHOWN_ERRORS = 20
-"""Reasons listed in the answer to a batch."""
-DISCARDED_BODIES = 4
-"""How many times `max_body_bytes` of a body too large is read and thrown away before the connection is cut."""
-UNKNOWN_KEY = "undefined"
-"""Where the dead letters of records go whose key nobody can tell."""
+LONGEST_KEY = 255
+"""Characters an Idempotency-Key may have."""
 
 _encode = msgspec.json.Encoder().encode
-Handler = Callable[[HTTPProtocol, bytes], Awaitable["Answer"]]
-
-
-class Answer(msgspec.Struct):
-    status: int
-    body: dict[str, Any]
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-class HttpError(Exception):
-    """A request that is refused, with nothing stored."""
-
-    def __init__(self, status: int, reason: str, *headers: tuple[str, str]) -> None:
-        super().__init__(reason)
-        self.answer = Answer(status, {"error": reason}, headers)
+_JSON = ("content-type", "application/json")
 
 
 class Receiver:
@@ -59,22 +49,22 @@ class Receiver:
         self,
         buffer: Buffer,
         rules: Rules,
+        commit: GroupCommit,
         *,
-        tokens: Sequence[str] = (),
-        max_body_bytes: int = 64 << 20,
-        max_record_bytes: int = 16 << 20,
-        push_window: int = 120,
-        keep_dead_letters: bool = True,
+        bodies: Bodies,
+        tokens: Tokens,
+        metrics: "Metrics",
+        completion: Completion | None = None,
     ) -> None:
         self._buffer = buffer
-        self._acceptor = acceptor(rules)
-        self._rules = rules
-        self._unknown_key = rules.default_capability or UNKNOWN_KEY
-        self._tokens = [f"Bearer {token}".encode() for token in tokens]
-        self._max_body_bytes = max_body_bytes
-        self._max_record_bytes = max_record_bytes
-        self._commit = GroupCommit(buffer, window=push_window, keep_dead_letters=keep_dead_letters)
-        self._posts: dict[str, Callable[[bytes], Awaitable[Answer]]] = {
+        self._commit = commit
+        self._tokens = tokens
+        self._bodies = bodies
+        self._limits = bodies.limits
+        self._intake = Intake(rules, max_record_bytes=self._limits.record_bytes)
+        self._completion = completion or Completion(rules)
+        self._metrics = metrics
+        self._posts: dict[str, Callable[[Scope, Body], Awaitable[Answer]]] = {
             "/record": self._post_record,
             "/records": self._post_records,
             "/flush": self._post_flush,
@@ -82,121 +72,150 @@ class Receiver:
         self._gets: dict[str, Callable[[], Awaitable[Answer]]] = {
             "/healthcheck": self._get_healthcheck,
             "/ready": self._get_ready,
+            "/metrics": self._get_metrics,
+            "/openapi.json": self._get_openapi,
         }
 
     async def __rsgi__(self, scope: Scope, protocol: HTTPProtocol) -> None:
         started = time.perf_counter()
+        path = scope.path.rstrip("/")
         try:
-            answer = await self._answer(scope, protocol)
+            answer = await self._answer(path, scope, protocol)
         except HttpError as error:
             answer = error.answer
+        except KeyFullError as error:
+            answer = Answer(429, {"error": str(error)}, (("retry-after", "5"),), "key_full")
         except BufferFullError as error:
-            answer = Answer(503, {"error": str(error)}, (("retry-after", "5"),))
+            answer = Answer(503, {"error": str(error)}, (("retry-after", "5"),), "buffer_full")
         except BufferUnavailableError as error:
             log.error("request not stored: %s", error)  # noqa: TRY400  # the reason is the whole story
-            answer = Answer(503, {"error": str(error)}, (("retry-after", "1"),))
-        elapsed = f"{(time.perf_counter() - started) * 1000:.3f}ms"
-        body = _encode({**answer.body, "timestamp": int(time.time()), "elapsed": elapsed})
-        protocol.response_bytes(answer.status, [("content-type", "application/json"), *answer.headers], body)
+            answer = Answer(503, {"error": str(error)}, (("retry-after", "1"),), "buffer_unavailable")
+        seconds = time.perf_counter() - started
+        if answer.text:
+            body, kind = answer.text
+            headers = [("content-type", kind)]
+        else:
+            body = _encode({**answer.body, "timestamp": int(time.time()), "elapsed": f"{seconds * 1000:.3f}ms"})
+            headers = [_JSON, *answer.headers]
+        known = path in self._posts or path in self._gets
+        self._metrics.answered(path if known else "other", answer.status, answer.refusal, seconds)
+        protocol.response_bytes(answer.status, headers, b"" if scope.method == "HEAD" else body)
 
-    async def _answer(self, scope: Scope, protocol: HTTPProtocol) -> Answer:
-        path = scope.path.rstrip("/")
-        post, get = self._posts.get(path), self._gets.get(path)
-        if post is None and get is None:
-            raise HttpError(404, f"no such path; there are {', '.join([*self._posts, *self._gets])}")
-        if get is not None:
-            if scope.method not in ("GET", "HEAD"):
-                raise HttpError(405, "use GET", ("allow", "GET"))
-            return await get()
-        assert post is not None
+    async def _answer(self, path: str, scope: Scope, protocol: HTTPProtocol) -> Answer:
+        post = self._posts.get(path)
+        if post is None:
+            return await self._answer_get(path, scope)
         if scope.method != "POST":
-            raise HttpError(405, "use POST", ("allow", "POST"))
+            raise HttpError(405, "method", "use POST", ("allow", "POST"))
         self._authorize(scope)
-        return await post(await self._read(scope, protocol))
+        body = self._bodies.open(scope, protocol)
+        try:
+            return await post(scope, body)
+        except BodyError as error:
+            raise HttpError(400, "body_unreadable", str(error)) from error
+        finally:
+            body.close()
+
+    async def _answer_get(self, path: str, scope: Scope) -> Answer:
+        get = self._gets.get(path)
+        if get is None:
+            paths = ", ".join([*self._posts, *self._gets])
+            raise HttpError(404, "no_such_path", f"no such path; there are {paths}")
+        if scope.method not in ("GET", "HEAD"):
+            raise HttpError(405, "method", "use GET", ("allow", "GET"))
+        if get == self._get_metrics:
+            self._authorize(scope)
+        return await get()
 
     def _authorize(self, scope: Scope) -> None:
-        if not self._tokens:
-            return
-        given = scope.headers.get("authorization", "").encode()
-        # Every token is compared, in constant time: the answer's delay tells nothing.
-        matches = [hmac.compare_digest(given, token) for token in self._tokens]
-        if not any(matches):
-            raise HttpError(401, "a valid bearer token is needed", ("www-authenticate", "Bearer"))
+        if self._tokens and not self._tokens.allow(scope.headers.get("authorization", "")):
+            raise HttpError(401, "unauthorized", "a valid bearer token is needed", ("www-authenticate", "Bearer"))
 
-    async def _read(self, scope: Scope, protocol: HTTPProtocol) -> bytes:
-        encoding = scope.headers.get("content-encoding", "identity")
-        if encoding != "identity":
-            raise HttpError(415, f"Content-Encoding {encoding} is not supported; send the body as it is")
-        length = scope.headers.get("content-length")
-        if length is not None and int(length) <= self._max_body_bytes:
-            return await protocol()
-        if length is not None and int(length) > DISCARDED_BODIES * self._max_body_bytes:
-            raise self._too_large()
-        body = bytearray()
-        discarded = 0
-        async for part in protocol:
-            if len(body) + len(part) <= self._max_body_bytes and not discarded:
-                body += part
-                continue
-            # Most clients read the answer only when they have sent everything: take in what is not absurd.
-            discarded += len(part)
-            if discarded > DISCARDED_BODIES * self._max_body_bytes:
-                break
-        if discarded:
-            raise self._too_large()
-        return bytes(body)
+    # --- records
 
-    def _too_large(self) -> HttpError:
-        return HttpError(413, f"the body exceeds max_body_bytes ({self._max_body_bytes}); send smaller batches")
-
-    async def _post_record(self, body: bytes) -> Answer:
-        request = Request()
+    async def _post_record(self, scope: Scope, body: Body) -> Answer:
+        raw = await body.whole()
+        admission = self._admission(scope)
+        admission.saw(raw)
         try:
-            self._accept(body.strip(), request)
+            text = self._one(raw, scope) if is_packed(raw, "") else raw.strip()
+            self._intake.add(text, admission.request)
         except Rejected as error:
-            raise HttpError(400, error.reason) from error
+            raise HttpError(400, "record_invalid", error.reason) from error
+        await self._store(admission.named(), 1, 0, len(raw))
+        return Answer(201)
+
+    def _one(self, body: bytes, scope: Scope) -> bytes:
+        """The only record of a MessagePack body."""
+        packed = Packed(self._completion)
+        found: list[Raw] = [*packed.feed(body), *packed.end()]
+        if len(found) != 1:
+            raise Rejected(f"the body has {len(found)} records; send one, or use /records")
+        if isinstance(found[0], Misfit):
+            raise Rejected(found[0].reason)
+        return found[0]
+
+    async def _post_records(self, scope: Scope, body: Body) -> Answer:
+        admission = self._admission(scope)
+        size = 0
+        if body.is_small:
+            whole = await body.whole()
+            size = len(whole)
+            admission.saw(whole)
+            content_type = "" if whole[:1] in b"{[" else scope.headers.get("content-type", "")
+            if is_packed(whole, content_type):
+                packed = Packed(self._completion)
+                await admission.take_all(packed.feed(whole))
+                await admission.take_all(packed.end())
+            else:
+                await admission.take_all(records(whole))
+        else:
+            size = await self._take_pieces(scope, body, admission)
+        if admission.records:
+            await self._store(admission.named(), admission.records, admission.rejected, size)
+        accepted = admission.records - admission.rejected
+        return Answer(202, {"accepted": accepted, "dead_lettered": admission.rejected, "errors": admission.errors})
+
+    async def _take_pieces(self, scope: Scope, body: Body, admission: Admission) -> int:
+        """Take in a large body as it comes; returns its bytes."""
+        content_type = scope.headers.get("content-type", "")
+        head, size = b"", 0
+        split: Splitter | None = None
+        async for piece in body.pieces():
+            size += len(piece)
+            admission.saw(piece)
+            if split is None:
+                head += piece
+                if len(head) < SNIFFED:
+                    continue
+                split, piece, head = splitter(head, content_type, self._completion), head, b""
+            await admission.take_all(split.feed(piece))
+        if split is None:
+            split = splitter(head, content_type, self._completion)
+            await admission.take_all(split.feed(head))
+        await admission.take_all(split.end())
+        return size
+
+    def _admission(self, scope: Scope) -> Admission:
+        key = scope.headers.get("idempotency-key", "")
+        if len(key) > LONGEST_KEY:
+            raise HttpError(400, "idempotency_key", f"an Idempotency-Key has at most {LONGEST_KEY} characters")
+        return Admission(self._intake, self._limits, key)
+
+    async def _store(self, request: Request, records: int, rejected: int, size: int) -> None:
         await self._commit.store(request)
-        return Answer(201, {})
+        self._metrics.stored(records - rejected, rejected, size)
 
-    async def _post_records(self, body: bytes) -> Answer:
+    # --- the rest
+
+    async def _post_flush(self, scope: Scope, body: Body) -> Answer:
+        text = await body.whole()
         try:
-            raws = records(body)
-        except BodyError as error:
-            raise HttpError(400, str(error)) from error
-        request, errors, dead = Request(), [], 0
-        now = time.time_ns() // 1_000_000
-        for number, raw in enumerate(raws, 1):
-            try:
-                self._accept(raw, request)
-            except Rejected as error:
-                dead += 1
-                kept = conceal(raw, self._rules)
-                letter = DeadLetter(reason=error.reason, stage="receive", received_at=now, raw=kept)
-                request.dead_letters.setdefault(key_of(raw, self._rules.key_fields) or self._unknown_key, []).append(
-                    letter
-                )
-                if len(errors) < SHOWN_ERRORS:
-                    errors.append({"line": number, "reason": error.reason})
-        if raws:
-            await self._commit.store(request)
-        return Answer(202, {"accepted": len(raws) - dead, "dead_lettered": dead, "errors": errors})
-
-    def _accept(self, raw: bytes, request: Request) -> None:
-        if len(raw) > self._max_record_bytes:
-            raise Rejected(f"the record has {len(raw)} bytes, more than max_record_bytes ({self._max_record_bytes})")
-        canonical = self._acceptor.canonical(raw)
-        lines = request.lines.get(canonical.key)
-        if lines is None:
-            lines = request.lines[canonical.key] = []
-        lines.append(canonical.line)
-
-    async def _post_flush(self, body: bytes) -> Answer:
-        try:
-            keys = msgspec.json.decode(body, type=_Flush).keys if body.strip() else None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise HttpError(400, f'the body is empty or {{"keys": ["…"]}}: {error}') from error
-        due = await asyncio.to_thread(self._buffer.request_flush, keys)
-        return Answer(202, {"keys": due})
+            keys = msgspec.json.decode(text, type=_Flush).keys if text.strip() else None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            reason = f'the body is empty or {{"keys": ["…"]}}: {error}'
+            raise HttpError(400, "body_unreadable", reason) from error
+        return Answer(202, {"keys": await asyncio.to_thread(self._buffer.request_flush, keys)})
 
     async def _get_healthcheck(self) -> Answer:
         return Answer(200, {"status": "ok"})
@@ -204,6 +223,12 @@ class Receiver:
     async def _get_ready(self) -> Answer:
         await asyncio.to_thread(self._buffer.check_writable)
         return Answer(200, {"status": "ready"})
+
+    async def _get_metrics(self) -> Answer:
+        return Answer(200, text=await asyncio.to_thread(self._metrics.exposition))
+
+    async def _get_openapi(self) -> Answer:
+        return Answer(200, text=(openapi.document(), "application/json"))
 
     async def close(self) -> None:
         """Finish what is in flight."""

@@ -1,15 +1,20 @@
 """The receiver's promises: 2xx means that Redis has the records, anything else that it has none of them."""
 
+import gzip
 import json
 import signal
 import socket
+import struct
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import msgpack
 import pytest
+import zstandard
 from redis import Redis
 
 from d2p_pipeline.buffer.redis import RedisBuffer
@@ -182,6 +187,90 @@ def test_a_compressed_body_is_refused_not_misread(receiver: RunningReceiver, red
     answer = receiver.client.post("/records", content=b"x", headers={"content-encoding": "br"})
     assert answer.status_code == 415
     assert nothing_stored(redis_client)
+
+
+@pytest.mark.parametrize("path", ["/record/", "/records"])
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("zstd", zstandard.compress)])
+def test_compressed_bodies(
+    receiver: RunningReceiver, redis_client: Redis, path: str, encoding: str, compress: Callable[[bytes], bytes]
+) -> None:
+    body = compress(json.dumps(GOOD).encode())
+    answer = receiver.client.post(path, content=body, headers={"content-encoding": encoding})
+    assert answer.is_success
+    assert stored(redis_client) == [GOOD]
+    cut_off = receiver.client.post(path, content=body[:-5], headers={"content-encoding": encoding})
+    assert cut_off.status_code == 400
+    assert encoding in cut_off.json()["error"]
+    assert len(stored(redis_client)) == 1
+
+
+@pytest.mark.parametrize("content_type", ["application/msgpack", "application/json", ""])
+def test_messagepack_maps_and_fluent_events(receiver: RunningReceiver, redis_client: Redis, content_type: str) -> None:
+    without_time = {name: value for name, value in GOOD.items() if name != "time"}
+    moment = msgpack.ExtType(0, struct.pack(">II", 1_764_000_000, 5))
+    values = [GOOD, [moment, without_time], [[moment, {}], without_time], "no record"]
+    body = b"".join(msgpack.packb(value) or b"" for value in values)
+    answer = receiver.client.post("/records", content=body, headers={"content-type": content_type})
+    assert (answer.json()["accepted"], answer.json()["dead_lettered"]) == (3, 1)
+    times = [found["time"] for found in stored(redis_client)]
+    assert times == [GOOD["time"], *["2025-11-24T16:00:00.000000005Z"] * 2]
+    assert receiver.client.post("/record/", content=msgpack.packb(GOOD)).status_code == 201
+    assert receiver.client.post("/record/", content=body).status_code == 400
+    assert receiver.client.post("/records", content=body[:-1]).status_code == 400
+    assert len(stored(redis_client)) == 4
+
+
+@pytest.mark.parametrize("form", ["lines", "chunked lines", "array", "logs", "msgpack", "gzip", "zstd"])
+def test_large_bodies_in_every_form_are_stored_in_order(
+    large_receiver: RunningReceiver, redis_client: Redis, form: str
+) -> None:
+    records = [record(message=f"{number} {'x' * 200}") for number in range(5000)]
+    lines = b"\n".join(json.dumps(one).encode() for one in records)
+    body: dict[str, Any] = {
+        "lines": lines,
+        "chunked lines": (lines[start : start + 10_000] for start in range(0, len(lines), 10_000)),
+        "array": json.dumps(records).encode(),
+        "logs": json.dumps({"logs": records}).encode(),
+        "msgpack": b"".join(msgpack.packb(one) or b"" for one in records),
+        "gzip": gzip.compress(lines),
+        "zstd": zstandard.compress(lines),
+    }
+    headers = {"content-encoding": form} if form in ("gzip", "zstd") else {}
+    answer = large_receiver.client.post("/records", content=body[form], headers=headers)
+    assert (answer.status_code, answer.json()["accepted"]) == (202, 5000)
+    assert stored(redis_client) == records
+
+
+@pytest.fixture(scope="module")
+def large_receiver(start_receiver: StartReceiver) -> RunningReceiver:
+    return start_receiver(workers="2")
+
+
+@pytest.mark.parametrize("records", [1, 3, 4000])
+def test_a_repeated_request_under_the_same_idempotency_key_stores_nothing(
+    large_receiver: RunningReceiver, redis_client: Redis, redis_buffer: RedisBuffer, records: int
+) -> None:
+    lines = [json.dumps(record(message=f"{number} {'x' * 300}")) for number in range(records)]
+    body = "\n".join([*lines, '{"cut": "of'] if records > 1 else lines)
+    path = "/records" if records > 1 else "/record/"
+    answers = []
+    for _ in range(4):  # over new connections, so that both workers have their turn
+        with httpx.Client(base_url=large_receiver.url, timeout=30) as client:
+            answers.append(client.post(path, content=body, headers={"idempotency-key": "a"}))
+    assert {answer.status_code for answer in answers} == {201 if records == 1 else 202}
+    assert len({answer.json().get("accepted") for answer in answers}) == 1
+    assert len(stored(redis_client)) == records
+    assert len(redis_buffer.dead_letters("undefined")) == (records > 1)
+    large_receiver.client.post(path, content=body, headers={"idempotency-key": "b"})
+    assert len(stored(redis_client)) == 2 * records
+
+
+def test_an_idempotency_key_with_another_body_loses_nothing(receiver: RunningReceiver, redis_client: Redis) -> None:
+    for message in ("one", "other"):
+        receiver.client.post("/record/", json=record(message=message), headers={"idempotency-key": "always the same"})
+    assert [found["message"] for found in stored(redis_client)] == ["one", "other"]
+    long = receiver.client.post("/record/", json=GOOD, headers={"idempotency-key": "x" * 256})
+    assert long.status_code == 400
 
 
 def test_flush_makes_keys_due(receiver: RunningReceiver, redis_client: Redis, redis_buffer: RedisBuffer) -> None:
