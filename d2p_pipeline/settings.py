@@ -115,6 +115,19 @@ def _check_token(token: SecretStr) -> SecretStr:
     return token
 
 
+def _check_user(user: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[^:]+:.+", user.get_secret_value()):
+        raise ValueError("should read name:password")
+    return user
+
+
+def _check_tag_pattern(pattern: str) -> str:
+    from d2p_pipeline.ingest.fluent import tag_pattern
+
+    tag_pattern(pattern)
+    return pattern
+
+
 def _check_redis_url(url: SecretStr) -> SecretStr:
     text = url.get_secret_value()
     if not re.fullmatch(r"(rediss?(\+cluster)?|redis\+sentinel|unix)://\S+", text):
@@ -210,6 +223,11 @@ Tags = Annotated[
     Field(max_length=10),
 ]
 Function = Annotated[str, _matching(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", "a Python function, as module:function")]
+Users = Annotated[tuple[Annotated[SecretStr, AfterValidator(_check_user)], ...], BeforeValidator(_split_at(r"[,\s]+"))]
+Defaults = Annotated[
+    tuple[Annotated[str, _matching(r"\w[\w.-]*=[^,]*", "name=value")], ...], BeforeValidator(_split_at(r"\s*,\s*"))
+]
+Unwraps = Annotated[tuple[Literal["sns", "s3"], ...], BeforeValidator(_split_at(r"[,\s]+"))]
 KeyFields = Annotated[tuple[str, ...], BeforeValidator(_split_at(r"[,\s]+")), AfterValidator(_not_empty)]
 Tokens = Annotated[
     tuple[Annotated[SecretStr, AfterValidator(_check_token)], ...], BeforeValidator(_split_at(r"[,\s]+"))
@@ -240,6 +258,8 @@ class Settings(BaseSettings):
         "writer_type": "Files",
         "s3_bucket_name": "S3",
         "address": "HTTP receiver",
+        "forward_port": "Fluent",
+        "sqs_queue_url": "SQS",
         "dagster_port": "Dagster and logs",
     }
     """The first setting of each section of the reference, and the section's title."""
@@ -440,6 +460,49 @@ class Settings(BaseSettings):
     """Private key (PEM) of `tls_cert`."""
     tls_client_ca: Path | None = None
     """Certificates (PEM) of the authorities that clients' certificates have to come from; needs `tls_cert`."""
+
+    forward_port: Port | None = None
+    """Port of the Forward listener, for Fluent Bit's and Fluentd's `forward` outputs; 24224 by convention. With it, `d2p up`
+    starts the listener."""
+    forward_address: Annotated[str, _matching(r"\S+", "an address or a host name")] = "127.0.0.1"
+    """Address the Forward listener listens on; beyond loopback only with `forward_shared_key` or
+    `allow_remote_without_token`."""
+    forward_shared_key: SecretStr | None = None
+    """Shared key that Forward clients have to prove to know (secret)."""
+    forward_users: Users = ()
+    """Forward clients' users, as `name:password`, with `forward_shared_key`; comma or space between them (secret)."""
+    forward_tls: bool = Field(
+        default_factory=lambda data: data.get("tls_cert") is not None,
+        json_schema_extra={"default": "true with `tls_cert`"},
+    )
+    """The Forward listener speaks TLS, with `tls_cert` and `tls_key`."""
+    forward_connections: Count = 1024
+    """Forward connections at a time; further ones are closed."""
+    key_from_tag: Annotated[str, AfterValidator(_check_tag_pattern)] | None = None
+    """Where a Fluent tag names fields that records lack, such as `kube.{business-capability}.*`: a name in braces takes what is
+    between dots, `*` anything but dots, `**` anything."""
+    fluent_defaults: Defaults = ()
+    """Values of fields that Fluent records lack, as `name=value`; comma between them."""
+
+    sqs_queue_url: HttpUrl | None = None
+    """Queue that `d2p sqs` reads."""
+    sqs_region: str | None = None
+    """Region of the queue; without it that of the environment or of the queue's URL."""
+    sqs_endpoint: HttpUrl | None = None
+    """URL of another SQS service than that of AWS."""
+    sqs_min_pollers: Count = 1
+    """Receive calls at a time, at least."""
+    sqs_max_pollers: Count = 8
+    """Receive calls at a time, at most; between the two, as many as the queue's depth asks for and the buffer bears."""
+    sqs_wait: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=20)] = 20
+    """Seconds a receive call waits for messages."""
+    sqs_visibility: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=10, le=43200)] = 60
+    """Seconds a received message is hidden from others; extended as long as it waits for the buffer."""
+    sqs_window: Seconds = 3600.0
+    """How long a message that is delivered again is recognised by its id, in seconds."""
+    sqs_unwrap: Unwraps = ()
+    """What is around the records: `sns` for messages of an SNS topic, `s3` for S3 events, whose objects are read; both for S3
+    events over SNS."""
 
     dagster_port: Port = 3000
     """Port of the Dagster webserver."""
@@ -776,7 +839,24 @@ def _conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
         yield {"tls_cert", "tls_key"}, Problem(missing, None, f"is required with {other}")
     if settings.tls_client_ca is not None and settings.tls_cert is None:
         yield {"tls_client_ca", "tls_cert"}, Problem("tls_cert", None, "is required with tls_client_ca")
+    yield from _forward_conflicts(settings)
+    if settings.sqs_min_pollers > settings.sqs_max_pollers:
+        problem = Problem("sqs_min_pollers", str(settings.sqs_min_pollers), "is more than sqs_max_pollers")
+        yield {"sqs_min_pollers", "sqs_max_pollers"}, problem
     yield from _name_conflicts(settings)
+
+
+def _forward_conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
+    guarded = settings.forward_shared_key is not None or settings.allow_remote_without_token
+    if not (guarded or _is_loopback(settings.forward_address)):
+        allowed = "beyond loopback, give forward_shared_key, or set allow_remote_without_token to let everyone write"
+        involved = {"forward_address", "forward_shared_key", "allow_remote_without_token"}
+        yield involved, Problem("forward_address", repr(settings.forward_address), allowed)
+    if settings.forward_users and settings.forward_shared_key is None:
+        problem = Problem("forward_shared_key", None, "is required with forward_users")
+        yield {"forward_users", "forward_shared_key"}, problem
+    if settings.forward_tls and settings.tls_cert is None:
+        yield {"forward_tls", "tls_cert"}, Problem("tls_cert", None, "is required with forward_tls")
 
 
 def _s3_conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:

@@ -198,6 +198,23 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "tls_cert": path,
     "tls_key": path,
     "tls_client_ca": path,
+    "forward_port": st.integers(1, 65535),
+    "forward_address": st.sampled_from(["127.0.0.1", "localhost", "::1", "0.0.0.0", "receiver.example"]),
+    "forward_shared_key": text,
+    "forward_users": st.lists(st.sampled_from(["a:b", "user:p:w"]), min_size=1, max_size=2),
+    "forward_tls": st.booleans(),
+    "forward_connections": whole,
+    "key_from_tag": st.sampled_from(["kube.{business-capability}.*", "{a}.{b_c}.**"]),
+    "fluent_defaults": st.lists(st.sampled_from(["level=info", "business-domain=a b", "x="]), min_size=1, max_size=2),
+    "sqs_queue_url": url,
+    "sqs_region": word,
+    "sqs_endpoint": url,
+    "sqs_min_pollers": st.integers(1, 3),
+    "sqs_max_pollers": st.integers(3, 10**6),
+    "sqs_wait": st.integers(0, 20),
+    "sqs_visibility": st.integers(10, 43200),
+    "sqs_window": seconds,
+    "sqs_unwrap": st.lists(st.sampled_from(["sns", "s3"]), min_size=1, max_size=2),
     "dagster_port": st.integers(1, 65535),
     "dagster_postgres_url": st.sampled_from(
         ["postgresql://u:p@h:5432/dagster", "postgres://h/dagster?sslmode=require"]
@@ -219,8 +236,9 @@ def valid_settings(draw: DrawFn) -> dict[str, Any]:
         "s3_bucket_name": chosen.get("writer_type") == "aws-s3",
         "s3_role_arn": chosen.get("writer_type") == "aws-s3" and "s3_external_id" in chosen,
         "tokens": "address" in chosen,
-        "tls_cert": "tls_key" in chosen or "tls_client_ca" in chosen,
-        "tls_key": "tls_cert" in chosen or "tls_client_ca" in chosen,
+        "tls_cert": "tls_key" in chosen or "tls_client_ca" in chosen or bool(chosen.get("forward_tls")),
+        "tls_key": "tls_cert" in chosen or "tls_client_ca" in chosen or bool(chosen.get("forward_tls")),
+        "forward_shared_key": "forward_address" in chosen or "forward_users" in chosen,
     }
     for name, is_needed in needed.items():
         if is_needed and name not in chosen:

@@ -134,6 +134,8 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
         socket.unlink(missing_ok=True)
         workspace = _write_workspace(home, socket)
         supervisor.start("receiver", _python("d2p_pipeline.cli.main", "receive"), logs / "receiver.log")
+        if settings.forward_port is not None:
+            supervisor.start("forward listener", _python("d2p_pipeline.cli.main", "forward"), logs / "forward.log")
         # Two processes that create the instance's tables at once would corrupt them.
         subprocess.run(_dagster("instance", "info"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         supervisor.start(
@@ -144,6 +146,8 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
             logs / "code-server.log",
         )
         supervisor.wait_until(lambda: _listens(settings.address, settings.port), "the receiver")
+        if (forward_port := settings.forward_port) is not None:
+            supervisor.wait_until(lambda: _listens(settings.forward_address, forward_port), "the Forward listener")
         supervisor.wait_until(socket.exists, "Dagster's code server")
         address = ["-h", "127.0.0.1", "-p", str(settings.dagster_port), "-w", workspace]
         supervisor.start("webserver", _python("dagster_webserver", *address), logs / "webserver.log")

@@ -49,6 +49,8 @@ def _greet(settings: "Settings") -> None:
     from d2p_pipeline.wiring import redis_url
 
     typer.echo(f"receiver   http://{settings.address}:{settings.port}/records")
+    if settings.forward_port is not None:
+        typer.echo(f"Forward    {settings.forward_address}:{settings.forward_port}")
     typer.echo(f"Dagster    http://127.0.0.1:{settings.dagster_port}")
     typer.echo(f"files      {target(settings)}")
     typer.echo(f"logs       {settings.home / 'logs'}")
@@ -70,6 +72,7 @@ def drain(settings: "Settings", supervisor: "Supervisor") -> None:
 
     typer.echo("Stopping: the receiver accepts no more, running deliveries end …", err=True)
     supervisor.stop("receiver")
+    supervisor.stop("forward listener")
     buffer, _ = wiring.open_buffer(settings)
     if settings.buffer_type == "mem":
         buffer.request_flush()
