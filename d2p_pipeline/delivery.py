@@ -4,24 +4,26 @@
     read         a unit's chunks from the buffer
     validate     chunks to typed rows; what is no valid record becomes a dead letter; the user's function, the HMAC
     build        rows to Parquet, one file per partition
-    (write)      the files become durable: `parquet.store`
+    announce     the buffer keeps what is about to be written, and tells what earlier attempts may have written instead
+    (write)      those are removed, the files become durable: `parquet.store`
     acknowledge  dead letters stored, unit marked, batch removed when complete: one atomic step
 
 A process may die between any two of them: the next attempt reads the same chunks and writes the same files under the same
-names. Only `acknowledge` ends a unit, and only after `write`.
+names, or, where settings or software changed meanwhile, removes what the earlier one wrote. Only `acknowledge` ends a unit,
+and only after `write`. An attempt that lost its claim meanwhile removes what it wrote and its successor did not.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 import pyarrow as pa
 
 from d2p_pipeline import __version__
 from d2p_pipeline.buffer.lease import Leases
-from d2p_pipeline.buffer.protocol import Batch, BatchRef, Buffer, Claim
+from d2p_pipeline.buffer.protocol import Announcement, Batch, BatchRef, Buffer, Claim, ClaimLostError
 from d2p_pipeline.parquet.encode import Encoding, encode, split
-from d2p_pipeline.parquet.layout import file_path
+from d2p_pipeline.parquet.layout import file_path, md5_of, with_md5
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter
@@ -83,6 +85,14 @@ class ParquetFile:
     path: str
     rows: int
     data: pa.Buffer
+
+
+@dataclass(frozen=True)
+class Announced:
+    """Files to write, after the files of earlier attempts (paths) that are none of them are removed."""
+
+    files: list[ParquetFile]
+    strays: list[str]
 
 
 @dataclass(frozen=True)
@@ -233,30 +243,80 @@ def build(rows: Rows, rules: Rules, encoding: Encoding, *, partition_time: str, 
     return files
 
 
+def announce(buffer: Buffer, unit: Unit, files: list[ParquetFile]) -> Announced:
+    """Say what is about to be written. Raises ClaimLostError when another run took a batch since: nothing may be written."""
+    found = _announced(buffer, unit.parts, files)
+    # An earlier attempt may have written other content under these names, and may yet do it if it is only paused. It will
+    # not write this content, so a name with its MD5 is out of its reach.
+    contested = [part for part, strays in found.items() if strays is None]
+    if contested:
+        files = [
+            replace(file, path=with_md5(file.path, md5_of(file.data))) if file.part in contested else file
+            for file in files
+        ]
+        found |= _announced(buffer, contested, files)
+    return Announced(files, [stray for strays in found.values() for stray in strays or ()])
+
+
+def _announced(buffer: Buffer, parts: Sequence[Part], files: list[ParquetFile]) -> dict[Part, list[str] | None]:
+    contents: dict[Part, dict[str, str]] = {part: {} for part in parts}
+    for file in files:
+        if file.part in contents:
+            contents[file.part][file.path] = md5_of(file.data)
+    announcements = [Announcement(part.claim, part.number, content) for part, content in contents.items()]
+    return dict(zip(parts, buffer.announce(announcements), strict=True))
+
+
 def acknowledge(
-    buffer: Buffer, leases: Leases, rows: Rows, written: Sequence[Written], *, keep_dead_letters: bool
+    buffer: Buffer,
+    leases: Leases,
+    rows: Rows,
+    written: Sequence[Written],
+    remove: Callable[[str], None],
+    *,
+    keep_dead_letters: bool,
 ) -> list[Delivered]:
-    """End the unit; call only when `written` is durable. Raises ClaimLostError when another run took a batch since."""
+    """End the unit; call only when `written` is durable. Raises ClaimLostError when another run took a batch since, after
+    `remove` took away what was written of it and is none of that run's files.
+    """
     delivered: list[Delivered] = []
+    lost: ClaimLostError | None = None
     for part, table, letters, dropped in zip(
         rows.unit.parts, rows.tables, rows.dead_letters, rows.dropped, strict=True
     ):
-        answer = buffer.acknowledge(
-            part.claim,
-            part.number,
-            units=part.units,
-            rows=table.num_rows,
-            rejected=len(letters) + dropped,
-            dead_letters=_stored(part, letters) if keep_dead_letters else [],
-        )
-        if answer == "complete":
+        files = [file for file in written if file.part == part]
+        try:
+            answer = buffer.acknowledge(
+                part.claim,
+                part.number,
+                units=part.units,
+                rows=table.num_rows,
+                rejected=len(letters) + dropped,
+                dead_letters=_stored(part, letters) if keep_dead_letters else [],
+            )
+        except ClaimLostError as error:
+            lost = error
+            _retract(buffer, part, files, remove)
+            continue
+        if answer == "repeated":  # by this run, whose reply was lost; or by another one
+            _retract(buffer, part, files, remove)
+        elif answer == "complete":
             leases.drop(part.claim.batch)
         reasons: dict[str, int] = {DROPPED: dropped} if dropped else {}
         for letter in letters:
             reasons[letter.reason] = reasons.get(letter.reason, 0) + 1
-        files = [file for file in written if file.part == part]
         delivered.append(Delivered(part, files, table.num_rows, reasons, table.slice(0, PREVIEW_ROWS).to_pylist()))
+    if lost:
+        raise lost
     return delivered
+
+
+def _retract(buffer: Buffer, part: Part, files: Sequence[Written], remove: Callable[[str], None]) -> None:
+    """Remove files that another attempt's announcement does not name; it looked for them before they were there."""
+    wanted = buffer.announced(part.claim.batch, part.number)
+    for file in files:
+        if wanted is not None and file.path not in wanted:
+            remove(file.path)
 
 
 PREVIEW_ROWS = 3

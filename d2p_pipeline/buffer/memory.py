@@ -3,13 +3,14 @@
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
 from d2p_pipeline.buffer.protocol import (
+    Announcement,
     Batch,
     BatchRef,
     BufferState,
@@ -37,6 +38,8 @@ class _Sealed:
     owner: str = ""
     lease_end: int = 0
     retry_at: int | None = None
+    files: dict[int, Mapping[str, str]] = field(default_factory=dict[int, Mapping[str, str]])
+    strays: dict[int, Mapping[str, str]] = field(default_factory=dict[int, Mapping[str, str]])
 
 
 class MemoryBuffer:
@@ -239,6 +242,26 @@ class MemoryBuffer:
         with self._lock:
             sealed = self._sealed.get(ref)
             return sealed.chunks[start:stop] if sealed else []
+
+    def announce(self, announcements: Sequence[Announcement]) -> list[list[str] | None]:
+        with self._lock:
+            return [self._announce(one) for one in announcements]
+
+    def _announce(self, one: Announcement) -> list[str] | None:
+        sealed = self._sealed.get(one.claim.batch)
+        if sealed is None or _is_done(sealed) or sealed.batch.token != one.claim.token:
+            raise ClaimLostError(one.claim)
+        earlier = {**sealed.files.get(one.unit, {}), **sealed.strays.get(one.unit, {})}
+        if any(one.files.get(path, md5) != md5 for path, md5 in earlier.items()):
+            return None
+        sealed.files[one.unit] = one.files
+        sealed.strays[one.unit] = {path: md5 for path, md5 in earlier.items() if path not in one.files}
+        return list(sealed.strays[one.unit])
+
+    def announced(self, ref: BatchRef, unit: int) -> Mapping[str, str] | None:
+        with self._lock:
+            sealed = self._sealed.get(ref)
+            return sealed.files.get(unit) if sealed else None
 
     def acknowledge(
         self, claim: Claim, unit: int, *, units: int, rows: int, rejected: int = 0, dead_letters: Sequence[bytes] = ()

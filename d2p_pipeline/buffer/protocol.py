@@ -3,7 +3,7 @@
 Times are milliseconds since the epoch by the buffer's own clock (`now`), so that hosts need not agree on theirs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
@@ -97,6 +97,15 @@ class Claim(msgspec.Struct, frozen=True):
     batch: BatchRef
     owner: str
     token: int
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """The files that an attempt at a unit is about to write."""
+
+    claim: Claim
+    unit: int
+    files: Mapping[str, str]
+    """Path to MD5 of the content."""
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -218,6 +227,18 @@ class Buffer(Protocol):
 
     def read(self, ref: BatchRef, start: int, stop: int) -> list[bytes]:
         """Chunks `start` to `stop` (exclusive) of a batch."""
+        ...
+
+    def announce(self, announcements: Sequence[Announcement]) -> list[list[str] | None]:
+        """Say what is about to be written; raises `ClaimLostError`.
+
+        Returns, for each, the paths that earlier attempts announced and it does not: they must be gone before the
+        acknowledgement. None: an earlier attempt announced other content under one of its paths, which is nobody's now.
+        """
+        ...
+
+    def announced(self, ref: BatchRef, unit: int) -> Mapping[str, str] | None:
+        """The files of the newest attempt at a unit; None where nobody knows (any more)."""
         ...
 
     def acknowledge(

@@ -5,7 +5,7 @@ indexes (`keys`, `batches`: sorted sets by the time of the next look) live in ot
 what they miss because a process died in between, or because a foreign producer never wrote them, `reconcile` finds.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -27,6 +27,7 @@ from redis.exceptions import (
 
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import (
+    Announcement,
     Batch,
     BatchRef,
     BufferFullError,
@@ -46,6 +47,8 @@ Plan = tuple[tuple[int, int], ...]
 
 _SCRIPTS = {path.stem: path.read_text() for path in (Path(__file__).parent / "scripts").glob("*.lua")}
 _UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, ClusterDownError)
+_KEEP_STRAYS = 7 * 24 * 3600
+"""Seconds that the announcements of a batch outlive it where its attempts announced different files."""
 _PAGE = 1000
 """Members or keys per round trip of whatever walks through many of them."""
 
@@ -242,6 +245,26 @@ class RedisBuffer:
 
     def read(self, ref: BatchRef, start: int, stop: int) -> list[bytes]:
         return self._one("LRANGE", self._names.of("batch", *ref), start, stop - 1) if stop > start else []
+
+    def announce(self, announcements: Sequence[Announcement]) -> list[list[str] | None]:
+        answers = self._run(
+            [
+                _Call(
+                    "announce",
+                    [self._names.of("batch-meta", *one.claim.batch)],
+                    [one.claim.token, one.unit, msgspec.json.encode(one.files), _KEEP_STRAYS],
+                )
+                for one in announcements
+            ]
+        )
+        for one, (answer, *_) in zip(announcements, answers, strict=True):
+            if answer == b"stale":
+                raise ClaimLostError(one.claim)
+        return [None if answer == b"contested" else [_text(stray) for stray in strays] for answer, *strays in answers]
+
+    def announced(self, ref: BatchRef, unit: int) -> Mapping[str, str] | None:
+        files = self._one("HGET", self._names.of("batch-meta", *ref), f"files:{unit}")
+        return None if files is None else msgspec.json.decode(files, type=dict[str, str])
 
     def acknowledge(
         self, claim: Claim, unit: int, *, units: int, rows: int, rejected: int = 0, dead_letters: Sequence[bytes] = ()

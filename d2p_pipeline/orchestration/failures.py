@@ -44,7 +44,7 @@ _PERMANENT = {
 
 def is_permanent(error: BaseException) -> bool:
     """Whether somebody has to change something before the same step can succeed."""
-    return isinstance(error, PermanentStoreError | TransformError) or (
+    return isinstance(error, PermanentStoreError | TransformError | ClaimLostError) or (
         isinstance(error, OSError) and error.errno in _PERMANENT
     )
 
@@ -54,7 +54,7 @@ def no_retry_if_permanent() -> Iterator[None]:
     """Let a step fail at once where repeating it would be in vain."""
     try:
         yield
-    except (OSError, PermanentStoreError, TransformError) as error:
+    except (OSError, PermanentStoreError, TransformError, ClaimLostError) as error:
         if is_permanent(error):
             raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
         raise
@@ -64,7 +64,8 @@ def no_retry_if_permanent() -> Iterator[None]:
 def to_recovery(context: dg.HookContext) -> None:
     """A unit's step failed for good: its batches wait in recovery, each as a partition of the asset `recovery`."""
     number = re.search(r"\[(\d+)\]$", context.step_key)
-    if number is None or isinstance(context.op_exception, ClaimLostError):
+    error = context.op_exception
+    if number is None or isinstance(error, ClaimLostError) or isinstance(error and error.__cause__, ClaimLostError):
         return  # nothing is claimed yet, or another run has the batch
     parts: DeliveryResource = context.resources.delivery_parts
     for part in parts.unit(int(number[1])).parts:

@@ -15,9 +15,10 @@ from pydantic import Field
 from ulid import ULID
 
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer, Reason, Seal
-from d2p_pipeline.delivery import Delivered, ParquetFile, Rows, Text, Unit, Written
+from d2p_pipeline.delivery import Announced, Delivered, Rows, Text, Unit, Written
 from d2p_pipeline.orchestration.assets import report_deliveries
 from d2p_pipeline.orchestration.failures import no_retry_if_permanent, to_recovery
+from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.settings import load
 
@@ -79,16 +80,20 @@ def validate_records(context: dg.OpExecutionContext, text: Text, delivery_parts:
     return rows
 
 
-@dg.op(out=dg.Out(list, io_manager_key="parquet"), tags={"dagster/priority": "4"})
-def build_parquet(rows: Rows, delivery_parts: DeliveryResource) -> list[ParquetFile]:
-    """Rows to Parquet, one file per capability and hour; the IO manager writes them."""
-    return delivery_parts.build(rows)
+@dg.op(out=dg.Out(Announced, io_manager_key="parquet"), tags={"dagster/priority": "4"})
+def build_parquet(rows: Rows, delivery_parts: DeliveryResource) -> Announced:
+    """Rows to Parquet, one file per capability and hour, announced; the IO manager writes them."""
+    with no_retry_if_permanent():
+        return delivery_parts.build(rows)
 
 
 @dg.op(out=dg.Out(list, io_manager_key="memory"), tags={"dagster/priority": "5"})
-def acknowledge(rows: Rows, files: list, delivery_parts: DeliveryResource) -> list[Delivered]:
+def acknowledge(
+    rows: Rows, files: list, delivery_parts: DeliveryResource, parquet: dg.ResourceParam[ParquetIOManager]
+) -> list[Delivered]:
     """The files are durable: store the dead letters and mark the unit, in one step."""
-    return delivery_parts.acknowledge(rows, cast(list[Written], files))
+    with no_retry_if_permanent():
+        return delivery_parts.acknowledge(rows, cast(list[Written], files), parquet.remove)
 
 
 @dg.op(out=dg.Out(dg.Nothing, io_manager_key="memory"))

@@ -8,7 +8,7 @@ import polars as pl
 from pydantic import PrivateAttr
 
 from d2p_pipeline import wiring
-from d2p_pipeline.delivery import ParquetFile, Written
+from d2p_pipeline.delivery import Announced, Written
 from d2p_pipeline.orchestration.failures import no_retry_if_permanent
 from d2p_pipeline.orchestration.keys import key_of
 from d2p_pipeline.parquet.layout import capability_prefix
@@ -48,7 +48,7 @@ class ParquetIOManager(dg.ConfigurableIOManager):
     def _s3_client(self) -> Callable[[], Any] | None:
         return self.s3.get_client if self.s3 else None
 
-    def handle_output(self, context: dg.OutputContext, obj: list[ParquetFile]) -> None:
+    def handle_output(self, context: dg.OutputContext, obj: Announced) -> None:
         written = self.write(obj)
         self._written[_step(context)] = written
         context.add_output_metadata(
@@ -60,14 +60,20 @@ class ParquetIOManager(dg.ConfigurableIOManager):
             }
         )
 
-    def write(self, files: list[ParquetFile]) -> list[Written]:
-        """Make files durable."""
+    def write(self, announced: Announced) -> list[Written]:
+        """Make files durable, after what earlier attempts wrote in their stead is gone."""
         with no_retry_if_permanent():
-            for file in files:
+            for path in announced.strays:
+                self.store.remove(path)
+            for file in announced.files:
                 claim = file.part.claim
                 metadata = {"d2p-batch": claim.batch.id, "d2p-unit": str(file.part.number), "d2p-key": claim.batch.key}
                 self.store.write(file.path, file.data, metadata)
-        return [Written(file.part, file.path, file.rows, file.data.size) for file in files]
+        return [Written(file.part, file.path, file.rows, file.data.size) for file in announced.files]
+
+    def remove(self, path: str) -> None:
+        """Remove a file that should not have been written."""
+        self.store.remove(path)
 
     def load_input(self, context: dg.InputContext) -> list[Written] | pl.LazyFrame:
         if context.has_asset_key:

@@ -77,7 +77,7 @@ def _deliver(
     for unit in units:
         try:
             rows = parts.check(parts.read(unit))
-            delivered += parts.acknowledge(rows, parquet.write(parts.build(rows)))
+            delivered += parts.acknowledge(rows, parquet.write(parts.build(rows)), parquet.remove)
         except Exception as error:  # noqa: BLE001  # nothing about one batch may hold up the others
             put_into_recovery(parts, unit.parts[0].claim, error, context.instance, context.log)
             return delivered, error

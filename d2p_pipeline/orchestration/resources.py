@@ -5,7 +5,7 @@ Its methods are the steps of `d2p_pipeline.delivery` with the settings filled in
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import dagster as dg
 from pydantic import PrivateAttr
@@ -13,7 +13,7 @@ from pydantic import PrivateAttr
 from d2p_pipeline import delivery, wiring
 from d2p_pipeline.buffer.lease import Leases
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer
-from d2p_pipeline.delivery import Delivered, ParquetFile, Rows, Text, Unit, Written
+from d2p_pipeline.delivery import Announced, Delivered, Rows, Text, Unit, Written
 from d2p_pipeline.settings import Settings, load
 
 
@@ -69,15 +69,19 @@ class DeliveryResource(dg.ConfigurableResource):
     def check(self, text: Text) -> Rows:
         return delivery.check(text, wiring.rules(self.settings))
 
-    def build(self, rows: Rows) -> list[ParquetFile]:
+    def build(self, rows: Rows) -> Announced:
+        """Encode the files and announce them."""
         settings = self.settings
-        return delivery.build(
+        files = delivery.build(
             rows,
             wiring.rules(settings),
             wiring.encoding(settings),
             partition_time=settings.partition_time,
             use_hash=settings.use_hash,
         )
+        return delivery.announce(self.buffer, rows.unit, files)
 
-    def acknowledge(self, rows: Rows, written: Sequence[Written]) -> list[Delivered]:
-        return delivery.acknowledge(self.buffer, self.leases, rows, written, keep_dead_letters=self.settings.use_dlq)
+    def acknowledge(self, rows: Rows, written: Sequence[Written], remove: Callable[[str], None]) -> list[Delivered]:
+        return delivery.acknowledge(
+            self.buffer, self.leases, rows, written, remove, keep_dead_letters=self.settings.use_dlq
+        )

@@ -53,6 +53,13 @@ class FilesystemStore:
                     self._filesystem.delete_file(temporary)
                 raise
 
+    def remove(self, path: str) -> None:
+        """Remove a file if it is there."""
+        with _telling("remove", f"{self._url}/{path}"):
+            target = f"{self._root}/{path}"
+            if self._filesystem.get_file_info(target).type != FileType.NotFound:
+                self._filesystem.delete_file(target)
+
     def scan(self, prefix: str = "") -> list[str]:
         """URL of every Parquet file below the directory `prefix`, sorted."""
         directory = f"{self._root}/{prefix.strip('/')}".rstrip("/")

@@ -47,8 +47,18 @@ def file_name(batch_id: str, unit: int, md5: str | None = None) -> str:
 
 def file_path(key: str, hour: datetime, batch_id: str, unit: int, hashed: "Buffer | None" = None) -> str:
     """The file's path relative to the root, with the MD5 of `hashed` in its name if that is given."""
-    md5 = None if hashed is None else hashlib.md5(hashed, usedforsecurity=False).hexdigest()
+    md5 = None if hashed is None else md5_of(hashed)
     return f"{partition_path(key, hour)}/{file_name(batch_id, unit, md5)}"
+
+
+def md5_of(data: "Buffer") -> str:
+    """What names of files call the MD5 of their content."""
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def with_md5(path: str, md5: str) -> str:
+    """The path of the same file with its MD5 in the name."""
+    return f"{path.removesuffix('.parquet')}-{md5}.parquet"
 
 
 def component(name: str, value: str) -> str:

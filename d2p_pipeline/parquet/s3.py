@@ -138,6 +138,12 @@ class S3Store:
                 finally:
                     self._abort_leftovers(key)
 
+    def remove(self, path: str) -> None:
+        """Remove an object if it is there; needs a right to delete that writing does not."""
+        key = self._root + path
+        with self._telling("delete", key):
+            self._client.delete_object(Bucket=self._bucket.name, Key=key)
+
     def scan(self, prefix: str = "") -> list[str]:
         """URL of every Parquet file below the directory `prefix`, sorted. They are names, not patterns or quoted URLs."""
         below = f"{self._root}{prefix.strip('/')}/" if prefix.strip("/") else self._root

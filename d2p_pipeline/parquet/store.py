@@ -20,6 +20,10 @@ class Store(Protocol):
         """Make `data` durable under `path`; `metadata` goes with it where files can carry any."""
         ...
 
+    def remove(self, path: str) -> None:
+        """Remove a file for good, if it is there."""
+        ...
+
     def scan(self, prefix: str = "") -> list[str]:
         """Every Parquet file below the directory `prefix`, sorted, as paths or URLs that readers take."""
         ...
@@ -59,6 +63,14 @@ class LocalStore:
             if error.filename is None:
                 raise OSError(error.errno, error.strerror, str(target)) from error
             raise
+
+    def remove(self, path: str) -> None:
+        target = self._root / _inside(path)
+        try:
+            target.unlink()
+        except FileNotFoundError:
+            return
+        _sync_directory(target.parent)
 
     def scan(self, prefix: str = "") -> list[str]:
         directory = self._root / _inside(prefix)

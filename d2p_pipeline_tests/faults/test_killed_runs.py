@@ -1,16 +1,14 @@
 """A run killed with SIGKILL between any two steps, and repeated: same files, no duplicates, dead letters once."""
 
 import hashlib
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from redis import Redis
 
 from d2p_pipeline.buffer.protocol import Batch, Seal, Totals
+from d2p_pipeline_tests.faults.struck_run import StruckRun
 from d2p_pipeline_tests.pipeline import Pipeline, line
 
 POINTS = [
@@ -52,14 +50,14 @@ def test_a_killed_run_repeated_gives_what_an_undisturbed_run_gives(
     pipeline: Pipeline,
     redis_client: Redis,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     point: str,
 ) -> None:
     monkeypatch.setenv("D2P_UNIT_BYTES", "500")
     monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "1")
     batch = sealed(pipeline, redis_client)
-    command = [sys.executable, "-m", "d2p_pipeline_tests.faults.dying_run", "SIGKILL", point, batch.key, batch.id]
-    died = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    died = StruckRun(tmp_path / "log", [batch.ref], point)
+    assert died.wait() == -signal.SIGKILL, died.output()
     written_before = contents(pipeline.root) if pipeline.root.exists() else {}
     while pipeline.buffer.is_claimed(batch.ref):
         pass  # the dead run's lease ends by itself
@@ -79,20 +77,19 @@ def test_a_killed_run_repeated_gives_what_an_undisturbed_run_gives(
 
 @pytest.mark.parametrize("point", ["after:plan:1", "after:build:1", "before:acknowledge:1", "after:acknowledge:1"])
 def test_a_run_paused_past_its_lease_wakes_up_to_find_its_work_done(
-    pipeline: Pipeline, redis_client: Redis, monkeypatch: pytest.MonkeyPatch, point: str
+    pipeline: Pipeline, redis_client: Redis, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point: str
 ) -> None:
     monkeypatch.setenv("D2P_UNIT_BYTES", "500")
     monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "1")
     batch = sealed(pipeline, redis_client)
-    command = [sys.executable, "-m", "d2p_pipeline_tests.faults.dying_run", "SIGSTOP", point, batch.key, batch.id]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as paused:
-        os.waitpid(paused.pid, os.WUNTRACED)
-        while pipeline.buffer.is_claimed(batch.ref):
-            pass
-        assert pipeline.flush(batch.ref).success
-        before = contents(pipeline.root)
-        paused.send_signal(signal.SIGCONT)
-        paused.wait(60)
+    paused = StruckRun(tmp_path / "log", [batch.ref], point, signal.SIGSTOP)
+    paused.wait_until_paused()
+    while pipeline.buffer.is_claimed(batch.ref):
+        pass
+    assert pipeline.flush(batch.ref).success
+    before = contents(pipeline.root)
+    paused.resume()
+    paused.wait()
     assert contents(pipeline.root) == before
     assert pipeline.messages() == ["0 10", "0 11", "1 10", "1 11"]
     assert len(pipeline.buffer.dead_letters("payments")) == 2

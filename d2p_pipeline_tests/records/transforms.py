@@ -28,6 +28,10 @@ def doubled(frame: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([frame, frame])
 
 
+def without_rows(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.clear()
+
+
 def nothing(frame: pl.DataFrame) -> None:
     del frame
 

@@ -41,6 +41,6 @@ if meta[1] ~= meta[2] then
   redis.call('HINCRBY', KEYS[5], 'accepted', rows + dead_letters - tonumber(meta[3]))
 end
 redis.call('HSET', KEYS[1], 'state', 'done')
-redis.call('EXPIRE', KEYS[1], 3600)
+redis.call('EXPIRE', KEYS[1], redis.call('HGET', KEYS[1], 'keep') or 3600)
 redis.call('DEL', KEYS[2], KEYS[3])
 return 'complete'
