@@ -427,6 +427,10 @@ class Settings(BaseSettings):
     """Tags of every object, as `name=value`, at most 10; comma between them."""
     s3_timeout: Seconds = 60.0
     """Longest silence of the S3 or STS service before a request is tried again, in seconds."""
+    s3_attempts: Count = 5
+    """Attempts of one request, with growing, random pauses, before the step fails and `write_retries` repeats it."""
+    s3_part_bytes: Annotated[Bytes, Field(ge=5 * 2**20, le=5 * 2**30)] = 16 * 2**20
+    """Size of the parts of a multipart upload; a file that fits into one part is a single PUT."""
 
     address: Annotated[str, _matching(r"\S+", "an address or a host name")] = "127.0.0.1"
     """Address to listen on; beyond loopback only with `tokens`, `tokens_file` or `allow_remote_without_token`."""

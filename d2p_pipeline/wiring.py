@@ -104,9 +104,13 @@ def store(settings: Settings, s3_client: Callable[[], Any] | None = None, *, is_
         from d2p_pipeline.parquet.s3 import S3Store
 
         client = s3_client() if s3_client else None
-        if is_patient:
-            return S3Store(bucket(settings), client=client, timeout=settings.s3_timeout)
-        return S3Store(bucket(settings), client=client, timeout=min(settings.s3_timeout, 10.0), attempts=2)
+        return S3Store(
+            bucket(settings),
+            client=client,
+            timeout=settings.s3_timeout if is_patient else min(settings.s3_timeout, 10.0),
+            attempts=settings.s3_attempts if is_patient else min(settings.s3_attempts, 2),
+            part_bytes=settings.s3_part_bytes,
+        )
     if settings.writer_url is not None:
         from d2p_pipeline.parquet.filesystem import FilesystemStore
 

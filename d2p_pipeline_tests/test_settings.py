@@ -182,6 +182,8 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "s3_acl": st.sampled_from(["private", "bucket-owner-full-control"]),
     "s3_tags": st.lists(st.sampled_from(["team=a b", "cost=1+2=3", "empty="]), min_size=1, max_size=3),
     "s3_timeout": seconds,
+    "s3_attempts": whole,
+    "s3_part_bytes": st.integers(5 * 2**20, 5 * 2**30),
     "address": st.sampled_from(["127.0.0.1", "localhost", "::1", "0.0.0.0", "receiver.example"]),
     "port": st.integers(1, 65535),
     "workers": whole,

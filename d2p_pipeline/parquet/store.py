@@ -3,11 +3,13 @@
 Paths are relative to the store's root, with `/`, as parquet/layout.py makes them.
 """
 
+import contextlib
+import fcntl
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -39,7 +41,7 @@ class Store(Protocol):
 
 class LocalStore:
     """A directory. Readers see no partial file: data is written beside the target under a name that begins with a dot
-    and does not end in `.parquet`, then renamed."""
+    and does not end in `.parquet`, then renamed. What a killed writer leaves is taken over by the next one of its file."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -48,15 +50,11 @@ class LocalStore:
         target = self._root / _inside(path)
         try:
             _make_directory(target.parent)
-            temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
-            try:
-                with temporary.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)  # noqa: PTH105 (fault tests strike at os.replace)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with _temporary(target) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, target)  # noqa: PTH105 (fault tests strike at os.replace)
             _sync_directory(target.parent)
         except OSError as error:
             # A full disk does not tell which file it refused.
@@ -90,6 +88,35 @@ def _inside(path: str) -> PurePosixPath:
     if relative.is_absolute() or ".." in relative.parts:
         raise ValueError(f"{path!r} is not a path below the root")
     return relative
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[IO[bytes]]:
+    """An empty file beside `target` to be renamed to it; when that fails, it is removed.
+
+    Its name depends on the target's only, so that a writer finds what a killed one left. Its lock, which ends with its
+    process, tells that from the file of another live writer, which is left alone.
+    """
+    file = (target.parent / f".{target.name}.tmp").open("ab")
+    if not _is_mine(file):
+        file.close()
+        file = (target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp").open("xb")
+    with file:
+        file.truncate(0)
+        try:
+            yield file
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _is_mine(file: IO[bytes]) -> bool:
+    """Lock a file; false when another process has it, or has renamed it since it was opened."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
+    except OSError:  # taken, renamed, or a file system without locks
+        return False
 
 
 def _make_directory(directory: Path) -> None:

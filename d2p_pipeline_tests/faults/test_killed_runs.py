@@ -69,6 +69,7 @@ def test_a_killed_run_repeated_gives_what_an_undisturbed_run_gives(
         for hour in (10, 11)
         for unit in (0, 1)
     ]
+    assert [path.name for path in pipeline.root.rglob(".*")] == []
     assert pipeline.messages() == ["0 10", "0 11", "1 10", "1 11"]
     assert len(pipeline.buffer.dead_letters("payments")) == 2
     assert dict(pipeline.buffer.totals()) == {"payments": Totals(accepted=6, rows=4, dead_letters=2)}
@@ -91,6 +92,7 @@ def test_a_run_paused_past_its_lease_wakes_up_to_find_its_work_done(
     paused.resume()
     paused.wait()
     assert contents(pipeline.root) == before
+    assert [path.name for path in pipeline.root.rglob(".*")] == []
     assert pipeline.messages() == ["0 10", "0 11", "1 10", "1 11"]
     assert len(pipeline.buffer.dead_letters("payments")) == 2
     assert dict(pipeline.buffer.totals()) == {"payments": Totals(accepted=6, rows=4, dead_letters=2)}

@@ -1,4 +1,10 @@
 import os
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +59,58 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match=r"No space left.*f\.parquet"):
         LocalStore(tmp_path).write("f.parquet", b"data")
     assert everything(tmp_path) == []
+
+
+def struck_writer(root: Path, blow: str) -> "subprocess.Popen[bytes]":
+    """A process that is struck when it has written all but not renamed it."""
+    program = f"""
+        import os, signal
+        from pathlib import Path
+        from d2p_pipeline.parquet.store import LocalStore
+
+        rename = os.replace
+        def strike(*names):
+            os.kill(os.getpid(), signal.{blow})
+            rename(*names)
+        os.replace = strike
+        LocalStore(Path({str(root)!r})).write("f.parquet", b"longer data of the other")
+    """
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)])
+
+
+def test_what_a_killed_writer_left_is_taken_over(tmp_path) -> None:
+    with struck_writer(tmp_path, "SIGKILL") as killed:
+        assert killed.wait(60) == -signal.SIGKILL
+    assert everything(tmp_path) == [".f.parquet.tmp"]
+    assert LocalStore(tmp_path).scan() == []
+    LocalStore(tmp_path).write("f.parquet", b"data")
+    assert everything(tmp_path) == ["f.parquet"]
+    assert (tmp_path / "f.parquet").read_bytes() == b"data"
+
+
+def test_a_paused_writer_is_neither_waited_for_nor_disturbed(tmp_path) -> None:
+    with struck_writer(tmp_path, "SIGSTOP") as paused:
+        os.waitpid(paused.pid, os.WUNTRACED)
+        LocalStore(tmp_path).write("f.parquet", b"data")
+        assert (tmp_path / "f.parquet").read_bytes() == b"data"
+        assert everything(tmp_path) == [".f.parquet.tmp", "f.parquet"]
+        paused.send_signal(signal.SIGCONT)
+        assert paused.wait(60) == 0
+    assert everything(tmp_path) == ["f.parquet"]
+    assert (tmp_path / "f.parquet").read_bytes() == b"longer data of the other"
+
+
+def test_writers_of_one_file_at_once_leave_one_whole_file(tmp_path) -> None:
+    versions = [bytes([number]) * 100_000 for number in range(4)]
+
+    def write(data: bytes) -> None:
+        for _ in range(25):
+            LocalStore(tmp_path).write("f.parquet", data)
+            assert (tmp_path / "f.parquet").read_bytes() in versions
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, versions))
+    assert everything(tmp_path) == ["f.parquet"]
 
 
 def test_a_scan_lists_finished_files_below_a_directory(tmp_path) -> None:
