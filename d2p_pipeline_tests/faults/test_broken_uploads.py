@@ -105,7 +105,7 @@ def test_whatever_breaks_in_whichever_step_everything_arrives_once(
 def test_uploads_that_could_not_even_be_aborted_are_gone_when_their_batch_is_delivered(
     pipeline: Pipeline, redis_client: Redis, bucket: str, s3_service: Service, s3_proxy: Proxy
 ) -> None:
-    cases = {str(fault): fault for fault in [*TRANSIENT, *PERMANENT]}
+    cases: dict[str, Fault] = {str(fault): fault for fault in TRANSIENT + PERMANENT}
     refs = [buffered(pipeline, redis_client, key, key + LONG) for key in cases]
     for fault in cases.values():
         s3_proxy.break_next("UploadPart", "403", 2, path=f"capability={fault}/")
