@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from d2p_pipeline import wiring
+from d2p_pipeline.orchestration.alerts import alerts
 from d2p_pipeline.orchestration.assets import parquet_files
 from d2p_pipeline.orchestration.checks import books_balance, oldest_record_is_young
 from d2p_pipeline.orchestration.dead_letters import dead_letters, discard_dead_letters, replay_dead_letters
@@ -30,7 +31,7 @@ def build_defs(s3: "S3Resource | None" = None) -> dg.Definitions:
         assets=[parquet_files, recovery, dead_letters],
         asset_checks=[books_balance, oldest_record_is_young(settings.lag_limit)],
         jobs=[flush, recover, inspect, replay_dead_letters, discard_dead_letters],
-        sensors=[buffer_sensor, recovery_sensor],
+        sensors=[buffer_sensor, recovery_sensor, alerts],
         schedules=[periodic_flush(settings.flush_cron), inspection],
         resources={
             "delivery_parts": DeliveryResource(),
