@@ -10,6 +10,7 @@ from d2p_pipeline.orchestration.assets import parquet_files
 from d2p_pipeline.orchestration.checks import books_balance, oldest_record_is_young
 from d2p_pipeline.orchestration.dead_letters import dead_letters, discard_dead_letters, replay_dead_letters
 from d2p_pipeline.orchestration.flush import acknowledge, flush
+from d2p_pipeline.orchestration.housekeeping import hourly_housekeeping, housekeeping
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager, UnitMemory
 from d2p_pipeline.orchestration.recovery import recover, recovery, recovery_sensor
 from d2p_pipeline.orchestration.resources import DeliveryResource
@@ -30,9 +31,9 @@ def build_defs(s3: "S3Resource | None" = None) -> dg.Definitions:
     return dg.Definitions(
         assets=[parquet_files, recovery, dead_letters],
         asset_checks=[books_balance, oldest_record_is_young(settings.lag_limit)],
-        jobs=[flush, recover, inspect, replay_dead_letters, discard_dead_letters],
+        jobs=[flush, recover, inspect, replay_dead_letters, discard_dead_letters, housekeeping],
         sensors=[buffer_sensor, recovery_sensor, alerts],
-        schedules=[periodic_flush(settings.flush_cron), inspection],
+        schedules=[periodic_flush(settings.flush_cron), inspection, hourly_housekeeping],
         resources={
             "delivery_parts": DeliveryResource(),
             "parquet": ParquetIOManager(s3=s3) if s3 else ParquetIOManager(),
