@@ -138,7 +138,7 @@ def _check_redis_url(url: SecretStr) -> SecretStr:
 
 
 def _check_postgres_url(url: SecretStr) -> SecretStr:
-    if not re.fullmatch(r"postgres(ql)?://[^\s/]+/[^\s/?]+(\?\S*)?", url.get_secret_value()):
+    if not re.fullmatch(r"postgres(ql)?://[^\s/]*/[^\s/?]+(\?\S*)?", url.get_secret_value()):
         raise ValueError("should read postgresql://user:password@host:port/database")
     return url
 

@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,8 +137,9 @@ class EmbeddedRedis:
 
 
 def socket_path(wanted: Path) -> Path:
-    """Where a Unix socket can be: `wanted`, or, as such paths are short, a name made of it in the temporary directory."""
-    if len(os.fsencode(wanted)) <= _SOCKET_LIMIT:
+    """Where a Unix socket can be: `wanted`, or a name made of it in the temporary directory, as such paths have to be short
+    and, as part of a URL, plain."""
+    if len(os.fsencode(wanted)) <= _SOCKET_LIMIT and re.fullmatch(r"[\w./~+-]+", str(wanted), re.ASCII):
         return wanted
     digest = hashlib.sha256(os.fsencode(wanted)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"d2p-{os.getuid()}-{digest}.sock"

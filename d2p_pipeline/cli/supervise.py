@@ -7,7 +7,6 @@ ends with its parent, however that dies: a Dagster daemon that nobody supervises
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ class Child:
 
     def tail(self) -> str:
         """The end of its log, for whoever has to find out why it died."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        return _last_lines(self.log.read_text(errors="replace"))
 
 
 @dataclass
@@ -124,7 +124,10 @@ class Supervisor:
 def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Supervisor]:
     """Receiver and Dagster, up and answering; the settings and the Redis are in the environment already."""
     home = settings.home.absolute()
-    os.environ["DAGSTER_HOME"] = str(dagster_home(home))
+    postgres = settings.dagster_postgres_url is not None
+    if postgres and find_spec("dagster_postgres") is None:
+        raise StartError("dagster_postgres_url needs the extra postgres: pip install 'd2p-pipeline[postgres]'")
+    os.environ["DAGSTER_HOME"] = str(dagster_home(home, postgres=postgres))
     logs = home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     supervisor = Supervisor(say)
@@ -136,8 +139,7 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
         supervisor.start("receiver", _python("d2p_pipeline.cli.main", "receive"), logs / "receiver.log")
         if settings.forward_port is not None:
             supervisor.start("forward listener", _python("d2p_pipeline.cli.main", "forward"), logs / "forward.log")
-        # Two processes that create the instance's tables at once would corrupt them.
-        subprocess.run(_dagster("instance", "info"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _initialize_instance()
         supervisor.start(
             "code server",
             _dagster(
@@ -156,18 +158,37 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
         yield supervisor
 
 
-def dagster_home(home: Path) -> Path:
-    """The Dagster instance's directory under `home`, with the project's dagster.yaml unless it has its own."""
+def dagster_home(home: Path, *, postgres: bool = False) -> Path:
+    """The Dagster instance's directory under `home`, with the project's dagster.yaml unless it has one of its own."""
     directory = home / "dagster"
     directory.mkdir(parents=True, exist_ok=True)
     configuration = directory / "dagster.yaml"
-    if not configuration.exists():
-        with (
-            (files("d2p_pipeline.orchestration") / "dagster.yaml").open("rb") as source,
-            configuration.open("wb") as target,
-        ):
-            shutil.copyfileobj(source, target)
+    ours = (files("d2p_pipeline.orchestration") / "dagster.yaml").read_text()
+    first_line = ours.partition("\n")[0]
+    if not configuration.exists() or configuration.read_text().startswith(first_line):
+        configuration.write_text(ours + _POSTGRES if postgres else ours)
     return directory
+
+
+_POSTGRES = """storage:
+  custom:
+    module: d2p_pipeline.orchestration.postgres
+    class: PooledPostgresStorage
+    config:
+      postgres_url:
+        env: D2P_DAGSTER_POSTGRES_URL
+"""
+
+
+def _initialize_instance() -> None:
+    """Create the instance's tables: two processes that did so at once would corrupt them. Raises StartError."""
+    done = subprocess.run(_dagster("instance", "info"), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StartError(f"Dagster's storage cannot be used:\n{_last_lines(done.stderr)}")
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(text.splitlines()[-15:])
 
 
 def _write_workspace(home: Path, socket: Path) -> str:

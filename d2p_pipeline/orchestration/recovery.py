@@ -147,6 +147,7 @@ def _request(group: Sequence[Batch]) -> dg.RunRequest:
         "d2p/key": partition_of(first.key)[:TAG_LENGTH] if len(keys) == 1 else f"{len(keys)} keys",
         "d2p/batch": first.id if len(group) == 1 else f"{len(group)} batches from {first.id}",
         "d2p/attempt": str(first.failures + 1),
+        "d2p/recovery": "automatic",
     }
     if len(group) > 1:
         tags |= {ASSET_PARTITION_RANGE_START_TAG: first.id, ASSET_PARTITION_RANGE_END_TAG: last.id}

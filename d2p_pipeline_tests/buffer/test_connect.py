@@ -1,6 +1,7 @@
 """Every way to reach Redis by URL, and the start-up checks, against real servers."""
 
 import os
+import re
 import socket
 import subprocess
 import time
@@ -181,3 +182,10 @@ def test_a_second_process_uses_the_first_ones_embedded_server(tmp_path: Path) ->
 def test_a_directory_too_deep_for_a_socket_works_as_well(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / ("deep" * 40), durable=False) as server:
         assert connect(server.url).ping()
+
+
+@pytest.mark.parametrize("name", ["with a space", "100%", "d" * 120])
+def test_an_embedded_server_runs_in_any_directory(tmp_path: Path, name: str) -> None:
+    with EmbeddedRedis(tmp_path / name, durable=False) as server:
+        assert not re.search(r"[\s%]", server.url)
+        assert Redis.from_url(server.url).ping()
