@@ -197,6 +197,7 @@ Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(ge=1)]
 BytesOrNone = Annotated[int, BeforeValidator(_read_bytes), Field(ge=0)]
 Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0)]
 Days = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0)]
+SecondsOrNone = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0)]
 Port = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=65535)]
 RedisName = Annotated[str, _matching(r"[A-Za-z0-9_.:-]+", "letters, digits and _ . : -")]
 RedisHost = Annotated[str, _matching(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:\d{1,5})?", "host:port")]
@@ -349,10 +350,18 @@ class Settings(BaseSettings):
     """Schedule, in UTC, on which everything buffered is flushed: minute hour day-of-month month day-of-week."""
     unit_bytes: Bytes = 64 * 2**20
     """Raw bytes that one pass converts; bounds the memory."""
+    unit_jobs: Count = 2
+    """Units of a run that are worked on at the same time; each takes about 4 × `unit_bytes` of memory."""
     run_bytes: Bytes = 512 * 2**20
-    """Raw bytes that small keys due together may share a run for."""
+    """Raw bytes that one run takes on: those that small keys due together share it for, and all it goes on with."""
+    own_runs: CountOrNone = 4
+    """Up to so many due keys, each has a run of its own; of more, only those with `unit_bytes` due, and the others share."""
+    run_seconds: SecondsOrNone = 60.0
+    """How long a run goes on with what became due of its keys meanwhile, in seconds from its start; 0: it ends."""
+    run_linger: SecondsOrNone = 0.0
+    """How long a run that has nothing left waits for more of its keys to become due, in seconds, while no other run waits."""
     max_runs_per_tick: Count = 10
-    """Runs asked for in one tick of the sensor."""
+    """Runs asked for in one tick of the sensor, less those that still wait to start; while that many wait, buffers grow."""
     use_dlq: bool = True
     """Keep rejected records, with the reason, as dead letters; `false`: they are counted, logged and dropped."""
     write_retries: CountOrNone = 3

@@ -6,6 +6,8 @@ under it is refused by its stale token when it comes to be acknowledged.
 
 import logging
 import threading
+import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer, BufferUnavailableError, Claim
@@ -21,6 +23,8 @@ class Leases:
         self._owner = owner
         self._lease_ms = lease_ms
         self._claims: dict[BatchRef, Claim] = {}
+        self._keys: Sequence[str] = ()
+        self._attend_until = 0.0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="d2p-leases", daemon=True)
@@ -38,8 +42,28 @@ class Leases:
         with self._lock:
             self._claims.pop(ref, None)
 
+    @property
+    def keys(self) -> Sequence[str]:
+        """The keys this run attends."""
+        return self._keys
+
+    def attend(self, keys: Sequence[str], seconds: float) -> None:
+        """Tell others that this run looks after these keys, for at most that long; as long as it lives, that is."""
+        with self._lock:
+            self._keys, self._attend_until = keys, time.monotonic() + seconds
+        self._attend()
+
+    def _attend(self) -> None:
+        with self._lock:
+            keys = self._keys if time.monotonic() < self._attend_until else ()
+        self._buffer.attend(keys, self._buffer.now() + self._lease_ms)
+
     def _keep(self) -> None:
         while not self._stop.wait(self._lease_ms / 3000):
+            try:
+                self._attend()
+            except BufferUnavailableError as error:
+                log.warning("keys not attended: %s", error)
             with self._lock:
                 claims = list(self._claims.values())
             for claim in claims:
@@ -61,6 +85,10 @@ class Leases:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        try:
+            self._buffer.leave(self._keys)
+        except BufferUnavailableError as reason:
+            log.warning("keys not left, which others learn by themselves: %s", reason)
         for claim in self._claims.values():
             try:
                 self._buffer.release(claim)

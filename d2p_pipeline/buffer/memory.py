@@ -55,6 +55,7 @@ class MemoryBuffer:
         self._dead_letters: dict[str, list[bytes]] = {}
         self._totals: dict[str, Totals] = {}
         self._pushed: dict[tuple[str, str], int] = {}
+        self._attended: dict[str, int] = {}
 
     def now(self) -> int:
         return time.time_ns() // 1_000_000
@@ -95,8 +96,29 @@ class MemoryBuffer:
 
     def due(self, before: int, limit: int) -> list[BufferState]:
         with self._lock:
-            due = [state for state in self.waiting() if self._is_full(state) or state.first <= before]
+            now = self.now()
+            due = [
+                state
+                for state in self.waiting()
+                if self._is_due(state, before) and self._attended.get(state.key, 0) <= now
+            ]
             return sorted(due, key=lambda state: state.first)[:limit]
+
+    def due_among(self, keys: Sequence[str], before: int) -> list[BufferState]:
+        with self._lock:
+            return [state for state in self.waiting() if state.key in keys and self._is_due(state, before)]
+
+    def attend(self, keys: Sequence[str], until: int) -> None:
+        with self._lock:
+            self._attended.update(dict.fromkeys(keys, until))
+
+    def leave(self, keys: Sequence[str]) -> None:
+        with self._lock:
+            for key in keys:
+                self._attended.pop(key, None)
+
+    def _is_due(self, state: BufferState, before: int) -> bool:
+        return self._is_full(state) or state.first <= before
 
     def _is_full(self, state: BufferState) -> bool:
         full = state.records >= self._full_records or state.size >= self._full_bytes
@@ -111,11 +133,11 @@ class MemoryBuffer:
                 ]
             )
 
-    def seal(self, seals: Sequence[Seal]) -> list[Batch]:
+    def seal(self, seals: Sequence[Seal], *, look_in: int = 0) -> list[Batch]:
         with self._lock:
-            return [batch for seal in seals if (batch := self._seal(seal))]
+            return [batch for seal in seals if (batch := self._seal(seal, look_in))]
 
-    def _seal(self, seal: Seal) -> Batch | None:
+    def _seal(self, seal: Seal, look_in: int) -> Batch | None:
         ref = BatchRef(seal.key, seal.batch_id)
         if ref in self._sealed:
             return self._sealed[ref].batch
@@ -141,7 +163,7 @@ class MemoryBuffer:
             rows=0,
             dead_letters=0,
         )
-        self._sealed[ref] = _Sealed(batch, waiting.chunks, now)
+        self._sealed[ref] = _Sealed(batch, waiting.chunks, now + look_in)
         return batch
 
     def batch(self, ref: BatchRef) -> Batch | None:
@@ -158,18 +180,22 @@ class MemoryBuffer:
         with self._lock:
             return iter([sealed.batch for sealed in self._sealed.values() if _is_open(sealed)])
 
-    def postpone(self, ref: BatchRef, until: int, *, requested: bool = False) -> None:
+    def postpone(self, looks: Mapping[BatchRef, int], *, requested: bool = False) -> None:
         with self._lock:
-            sealed = self._sealed.get(ref)
-            if sealed and not _is_done(sealed):
-                sealed.look_at = until
-                requests = sealed.batch.requests + requested
-                sealed.batch = msgspec.structs.replace(sealed.batch, requests=requests)
+            for ref, until in looks.items():
+                sealed = self._sealed.get(ref)
+                if sealed and not _is_done(sealed):
+                    sealed.look_at = until
+                    requests = sealed.batch.requests + requested
+                    sealed.batch = msgspec.structs.replace(sealed.batch, requests=requests)
 
     def is_claimed(self, ref: BatchRef) -> bool:
         with self._lock:
             sealed = self._sealed.get(ref)
             return bool(sealed and sealed.lease_end > self.now())
+
+    def claimed(self, refs: Sequence[BatchRef]) -> set[BatchRef]:
+        return {ref for ref in refs if self.is_claimed(ref)}
 
     def claim(self, ref: BatchRef, owner: str, lease_ms: int) -> Claim | None:
         with self._lock:
@@ -314,8 +340,8 @@ class MemoryBuffer:
         with self._lock:
             return iter(list(self._totals.items()))
 
-    def reconcile(self, steps: int = 1) -> int:
-        del steps
+    def reconcile(self, budget_ms: int) -> int:
+        del budget_ms
         return 0  # there is no index that could miss anything
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ class Names(msgspec.Struct, frozen=True):
     keys: str = "keys"
     batches: str = "batches"
     recovery: str = "recovery"
+    attended: str = "attended"
 
     def of(self, prefix: str, key: str, suffix: str = "") -> bytes:
         """`prefix:{key}` or `prefix:{key}:suffix`."""

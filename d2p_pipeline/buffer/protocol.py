@@ -166,15 +166,28 @@ class Buffer(Protocol):
         ...
 
     def due(self, before: int, limit: int) -> list[BufferState]:
-        """Buffers that are full, asked for, or began before `before`; oldest first. May contain empty ones."""
+        """Buffers that are full, asked for, or began before `before`, and that no run attends; oldest first. May contain
+        empty ones."""
+        ...
+
+    def due_among(self, keys: Sequence[str], before: int) -> list[BufferState]:
+        """Those of `keys` that are due, attended or not."""
+        ...
+
+    def attend(self, keys: Sequence[str], until: int) -> None:
+        """A run looks after these keys until then: nobody else needs to find them due. A hint, no right to anything."""
+        ...
+
+    def leave(self, keys: Sequence[str]) -> None:
+        """The run that attended these keys ends."""
         ...
 
     def waiting(self) -> Iterator[BufferState]:
         """Every buffer with records, in no order; costs what exists, not what is due."""
         ...
 
-    def seal(self, seals: Sequence[Seal]) -> list[Batch]:
-        """Turn buffers into batches; those that are empty give none."""
+    def seal(self, seals: Sequence[Seal], *, look_in: int = 0) -> list[Batch]:
+        """Turn buffers into batches, due for delivery in `look_in` ms; those that are empty give none."""
         ...
 
     def batch(self, ref: BatchRef) -> Batch | None:
@@ -189,12 +202,16 @@ class Buffer(Protocol):
         """Every batch not yet delivered, in no order."""
         ...
 
-    def postpone(self, ref: BatchRef, until: int, *, requested: bool = False) -> None:
-        """Look at the batch again at `until`; `requested`: because a run was asked for."""
+    def postpone(self, looks: Mapping[BatchRef, int], *, requested: bool = False) -> None:
+        """Look at batches again at those times; `requested`: because a run was asked for."""
         ...
 
     def is_claimed(self, ref: BatchRef) -> bool:
         """Whether a lease on the batch is alive."""
+        ...
+
+    def claimed(self, refs: Sequence[BatchRef]) -> set[BatchRef]:
+        """Those of `refs` with a lease that is alive."""
         ...
 
     def claim(self, ref: BatchRef, owner: str, lease_ms: int) -> Claim | None:
@@ -263,8 +280,9 @@ class Buffer(Protocol):
         """Every key ever seen, with its totals."""
         ...
 
-    def reconcile(self, steps: int = 1) -> int:
-        """Adopt buffers and batches that no index knows; looks at a part of what exists per step, returns what it adopted."""
+    def reconcile(self, budget_ms: int) -> int:
+        """Adopt buffers and batches that no index knows, for about that long (a process's first pass may cost more), going
+        on where the last call stopped; returns what it adopted."""
         ...
 
     def close(self) -> None: ...

@@ -5,34 +5,20 @@ indexes (`keys`, `batches`: sorted sets by the time of the next look) live in ot
 what they miss because a process died in between, or because a foreign producer never wrote them, `reconcile` finds.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Literal, cast
 
 import msgspec
-from redis import Redis
-from redis.cluster import RedisCluster
-from redis.exceptions import (
-    BusyLoadingError,
-    ClusterDownError,
-    ConnectionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-)
+from redis.exceptions import RedisError
 
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import (
     Announcement,
     Batch,
     BatchRef,
-    BufferFullError,
     BufferState,
-    BufferUnavailableError,
     Claim,
     ClaimLostError,
     Push,
@@ -40,25 +26,14 @@ from d2p_pipeline.buffer.protocol import (
     State,
     Totals,
 )
+from d2p_pipeline.buffer.server import PAGE, Call, Client, Server, pages
 
-Client = Redis | RedisCluster
-_T = TypeVar("_T")
 Plan = tuple[tuple[int, int], ...]
 
-_SCRIPTS = {path.stem: path.read_text() for path in (Path(__file__).parent / "scripts").glob("*.lua")}
-_UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, ClusterDownError)
 _KEEP_STRAYS = 7 * 24 * 3600
 """Seconds that the announcements of a batch outlive it where its attempts announced different files."""
-_PAGE = 1000
-"""Members or keys per round trip of whatever walks through many of them."""
-
-
-class _Call(NamedTuple):
-    """One script call, or one plain command when `keys` is None."""
-
-    name: str
-    keys: Sequence[bytes | str] | None
-    args: Sequence[Any]
+FIRST_PASS_MS = 1000
+"""What `reconcile` may cost until it has seen every name once."""
 
 
 class RedisBuffer:
@@ -68,13 +43,11 @@ class RedisBuffer:
     """
 
     def __init__(self, client: Client, names: Names, *, full_records: int, full_bytes: int) -> None:
-        self._client: Any = client  # redis-py's annotations are too loose to check against
-        self._cluster = isinstance(client, RedisCluster)
+        self._server = Server(client)
+        self._run, self._one = self._server.run, self._server.one
         self._names = names
         self._full_records = full_records
         self._full_bytes = full_bytes
-        self._cursor = 0
-        self._shas: dict[str, str] = {}
 
     def now(self) -> int:
         seconds, micros = self._one("TIME")
@@ -84,7 +57,7 @@ class RedisBuffer:
         of = self._names.of
         replies = self._run(
             [
-                _Call(
+                Call(
                     "push",
                     [of(name, push.key) for name in (self._names.data, "stats", self._names.dlq, "totals")]
                     + [of("pushed", push.key, push.id)],
@@ -94,13 +67,14 @@ class RedisBuffer:
             ],
             atomic=True,
         )
-        index: list[_Call] = []
-        for push, (records, size, fresh) in zip(pushes, replies, strict=True):
-            if self._fills(push, records, size):
-                index.append(_schedule(self._names.keys, 0, push.key))
-            elif fresh:
-                index.append(_schedule(self._names.keys, self.now(), push.key))
-        self._run(index)
+        full = {
+            push.key
+            for push, (records, size, _) in zip(pushes, replies, strict=True)
+            if self._fills(push, records, size)
+        }
+        begun = {push.key for push, (_, _, fresh) in zip(pushes, replies, strict=True) if fresh} - full
+        looks = dict.fromkeys(full, 0) | (dict.fromkeys(begun, self.now()) if begun else {})
+        self._schedule(self._names.keys, looks)
 
     def _fills(self, push: Push, records: int, size: int) -> bool:
         """Whether it was this push that filled the buffer."""
@@ -112,48 +86,77 @@ class RedisBuffer:
     def request_flush(self, keys: Iterable[str] | None = None) -> list[str]:
         states = self.waiting() if keys is None else iter(self._states(list(keys)))
         found = [state.key for state in states if state.chunks]
-        self._run([_schedule(self._names.keys, 0, key) for key in found])
+        self._schedule(self._names.keys, dict.fromkeys(found, 0))
         return found
 
     def due(self, before: int, limit: int) -> list[BufferState]:
-        members = self._one("ZRANGEBYSCORE", self._names.keys, "-inf", before, "LIMIT", 0, limit)
-        return self._states([_text(member) for member in members])
+        found: list[str] = []
+        now, start = self.now(), 0
+        while len(found) < limit:
+            members = self._one("ZRANGEBYSCORE", self._names.keys, "-inf", before, "LIMIT", start, PAGE)
+            ends = self._scores(self._names.attended, members)
+            found += [_text(member) for member, end in zip(members, ends, strict=True) if end is None or end <= now]
+            start += PAGE
+            if len(members) < PAGE:
+                break
+        return self._states(found[:limit])
+
+    def due_among(self, keys: Sequence[str], before: int) -> list[BufferState]:
+        scores = self._scores(self._names.keys, keys)
+        return self._states(
+            [key for key, score in zip(keys, scores, strict=True) if score is not None and score <= before]
+        )
+
+    def attend(self, keys: Sequence[str], until: int) -> None:
+        self._schedule(self._names.attended, dict.fromkeys(keys, until))
+
+    def leave(self, keys: Sequence[str]) -> None:
+        self._forget(self._names.attended, keys)
+
+    def _scores(self, index: str, members: Sequence[bytes | str]) -> list[float | None]:
+        scores = self._run([Call("ZMSCORE", None, [index, *page]) for page in pages(members)])
+        return [None if score is None else float(score) for score in chain.from_iterable(scores)]
 
     def waiting(self) -> Iterator[BufferState]:
-        for page in _pages(key for key, _ in self._keys_of(self._names.data)):
+        for page in pages(key for key, _ in self._keys_of(self._names.data)):
             yield from (state for state in self._states(page) if state.chunks)
 
     def _states(self, keys: Sequence[str]) -> list[BufferState]:
         of = self._names.of
         calls = [
             (
-                _Call("LLEN", None, [of(self._names.data, key)]),
-                _Call("HMGET", None, [of("stats", key), "records", "bytes", "chunks", "first"]),
+                Call("LLEN", None, [of(self._names.data, key)]),
+                Call("HMGET", None, [of("stats", key), "records", "bytes", "chunks", "first"]),
             )
             for key in keys
         ]
         replies = self._run(list(chain.from_iterable(calls)), errors=True)
         now = self.now() if keys else 0
         states: list[BufferState] = []
+        foreign: dict[int, bytes] = {}
         for key, chunks, stats in zip(keys, replies[::2], replies[1::2], strict=True):
             if isinstance(chunks, RedisError):  # another program's value under our name: sealing it says so
                 states.append(BufferState(key, 0, 0, 0, now))
                 continue
             records, size, pushed, first = (int(value or 0) for value in stats)
-            if chunks > pushed:  # Redis can only estimate what a foreign producer pushed
-                size = max(size, self._one("MEMORY USAGE", of(self._names.data, key)) or 0)
+            if chunks > pushed:
+                foreign[len(states)] = of(self._names.data, key)
             states.append(BufferState(key, records + max(0, chunks - pushed), size, chunks, first or now, records))
+        # Redis can only estimate what a foreign producer pushed.
+        estimates = self._run([Call("MEMORY USAGE", None, [name]) for name in foreign.values()])
+        for place, estimate in zip(foreign, estimates, strict=True):
+            states[place] = msgspec.structs.replace(states[place], size=max(states[place].size, estimate or 0))
         return states
 
-    def seal(self, seals: Sequence[Seal]) -> list[Batch]:
+    def seal(self, seals: Sequence[Seal], *, look_in: int = 0) -> list[Batch]:
         if not seals:
             return []
         of = self._names.of
         # The buffer leaves the index before it is sealed: a push that begins the next buffer in between indexes it again.
-        self._run([_Call("ZREM", None, [self._names.keys, seal.key]) for seal in seals])
+        self._forget(self._names.keys, [seal.key for seal in seals])
         sealed = self._run(
             [
-                _Call(
+                Call(
                     "seal",
                     [
                         of(self._names.data, seal.key),
@@ -167,43 +170,47 @@ class RedisBuffer:
             ],
         )
         refs = [BatchRef(seal.key, seal.batch_id) for seal, done in zip(seals, sealed, strict=True) if done]
-        now = self.now()
-        self._run([_schedule(self._names.batches, now, _member(ref)) for ref in refs])
+        look_at = self.now() + look_in
+        self._schedule(self._names.batches, {_member(ref): look_at for ref in refs})
         return [batch for batch in self._batches(refs) if batch is not None]
 
     def batch(self, ref: BatchRef) -> Batch | None:
         return self._batches([ref])[0]
 
     def _batches(self, refs: Sequence[BatchRef]) -> list[Batch | None]:
-        metas = self._run([_Call("HGETALL", None, [self._names.of("batch-meta", *ref)]) for ref in refs])
+        metas = self._run([Call("HGETALL", None, [self._names.of("batch-meta", *ref)]) for ref in refs])
         return [_batch(ref, meta) if meta else None for ref, meta in zip(refs, metas, strict=True)]
 
     def due_batches(self, before: int, limit: int) -> list[Batch]:
         members = self._one("ZRANGEBYSCORE", self._names.batches, "-inf", before, "LIMIT", 0, limit)
-        return self._in_state("open", self._names.batches, members)
+        return [batch for page in pages(members) for batch in self._in_state("open", self._names.batches, page)]
 
     def open_batches(self) -> Iterator[Batch]:
         members: list[bytes] = self._one("ZRANGE", self._names.batches, 0, -1)
-        for page in _pages(members):
+        for page in pages(members):
             yield from self._in_state("open", self._names.batches, page)
 
     def _in_state(self, state: State, index: str, members: Sequence[bytes]) -> list[Batch]:
         """The batches behind an index's members; those in another state leave the index."""
         found = self._batches([_ref(member) for member in members])
         moved = [member for member, batch in zip(members, found, strict=True) if not batch or batch.state != state]
-        self._run([_Call("ZREM", None, [index, member]) for member in moved])
+        self._forget(index, moved)
         return [batch for batch in found if batch and batch.state == state]
 
-    def postpone(self, ref: BatchRef, until: int, *, requested: bool = False) -> None:
+    def postpone(self, looks: Mapping[BatchRef, int], *, requested: bool = False) -> None:
         if requested:
-            self._count_request(ref)
-        self._run([_schedule(self._names.batches, until, _member(ref))])
+            self._count_requests(looks)
+        self._schedule(self._names.batches, {_member(ref): until for ref, until in looks.items()})
 
-    def _count_request(self, ref: BatchRef) -> None:
-        self._run([_Call("request", [self._names.of("batch-meta", *ref)], [])])
+    def _count_requests(self, refs: Iterable[BatchRef]) -> None:
+        self._run([Call("request", [self._names.of("batch-meta", *ref)], []) for ref in refs])
 
     def is_claimed(self, ref: BatchRef) -> bool:
-        return bool(self._one("EXISTS", self._names.of(self._names.lock, *ref)))
+        return ref in self.claimed([ref])
+
+    def claimed(self, refs: Sequence[BatchRef]) -> set[BatchRef]:
+        held = self._run([Call("EXISTS", None, [self._names.of(self._names.lock, *ref)]) for ref in refs])
+        return {ref for ref, lease in zip(refs, held, strict=True) if lease}
 
     def claim(self, ref: BatchRef, owner: str, lease_ms: int) -> Claim | None:
         token = self._claim(ref, owner, lease_ms, 0)
@@ -214,33 +221,33 @@ class RedisBuffer:
 
     def _claim(self, ref: BatchRef, owner: str, lease_ms: int, token: int) -> int:
         keys = [self._names.of(self._names.lock, *ref), self._names.of("batch-meta", *ref)]
-        [(_, held)] = self._run([_Call("claim", keys, [owner, lease_ms, token])])
+        [(_, held)] = self._run([Call("claim", keys, [owner, lease_ms, token])])
         return held
 
     def release(self, claim: Claim) -> None:
-        self._run([_Call("release", [self._names.of(self._names.lock, *claim.batch)], [claim.owner])])
+        self._run([Call("release", [self._names.of(self._names.lock, *claim.batch)], [claim.owner])])
 
     def fail(self, claim: Claim, error: str) -> int:
         keys = [self._names.of("batch-meta", *claim.batch), self._names.of(self._names.lock, *claim.batch)]
-        [failures] = self._run([_Call("fail", keys, [claim.token, error])])
+        [failures] = self._run([Call("fail", keys, [claim.token, error])])
         if failures:
             self.retry_at(claim.batch, None)
-            self._run([_Call("ZREM", None, [self._names.batches, _member(claim.batch)])])
+            self._forget(self._names.batches, [_member(claim.batch)])
         return failures
 
     def recovering(self, before: int | None = None) -> Iterator[Batch]:
         end = "+inf" if before is None else before
         members: list[bytes] = self._one("ZRANGEBYSCORE", self._names.recovery, "-inf", end)
-        for page in _pages(members):
+        for page in pages(members):
             yield from self._in_state("recovery", self._names.recovery, page)
 
     def retry_at(self, ref: BatchRef, when: int | None, *, requested: bool = False) -> None:
         if requested:
-            self._count_request(ref)
-        self._run([_schedule(self._names.recovery, "+inf" if when is None else when, _member(ref))])
+            self._count_requests([ref])
+        self._schedule(self._names.recovery, {_member(ref): "+inf" if when is None else when})
 
     def plan(self, ref: BatchRef, units: Sequence[tuple[int, int]]) -> Plan | None:
-        [plan] = self._run([_Call("plan", [self._names.of("batch-meta", *ref)], [msgspec.json.encode(units)])])
+        [plan] = self._run([Call("plan", [self._names.of("batch-meta", *ref)], [msgspec.json.encode(units)])])
         return msgspec.json.decode(plan, type=Plan) if plan else None
 
     def read(self, ref: BatchRef, start: int, stop: int) -> list[bytes]:
@@ -249,7 +256,7 @@ class RedisBuffer:
     def announce(self, announcements: Sequence[Announcement]) -> list[list[str] | None]:
         answers = self._run(
             [
-                _Call(
+                Call(
                     "announce",
                     [self._names.of("batch-meta", *one.claim.batch)],
                     [one.claim.token, one.unit, msgspec.json.encode(one.files), _KEEP_STRAYS],
@@ -273,13 +280,13 @@ class RedisBuffer:
         keys = [of("batch-meta", *ref), of("batch", *ref), of(self._names.lock, *ref)]
         keys += [of(self._names.dlq, ref.key), of("totals", ref.key)]
         args = [claim.token, unit, units, rows, rejected, *dead_letters]
-        [reply] = self._run([_Call("acknowledge", keys, args)])
+        [reply] = self._run([Call("acknowledge", keys, args)])
         answer = _text(reply)
         if answer == "stale":
             raise ClaimLostError(claim)
         if answer == "complete":
             self._run(
-                [_Call("ZREM", None, [index, _member(ref)]) for index in (self._names.batches, self._names.recovery)]
+                [Call("ZREM", None, [index, _member(ref)]) for index in (self._names.batches, self._names.recovery)]
             )
         return cast(Literal["complete", "marked", "repeated"], answer)
 
@@ -288,7 +295,7 @@ class RedisBuffer:
 
     def remove_dead_letters(self, key: str, letters: Sequence[bytes], *, discarded: bool) -> int:
         keys = [self._names.of(self._names.dlq, key), self._names.of("totals", key)]
-        [removed] = self._run([_Call("remove", keys, [int(discarded), *letters])])
+        [removed] = self._run([Call("remove", keys, [int(discarded), *letters])])
         return removed
 
     def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
@@ -302,110 +309,76 @@ class RedisBuffer:
             yield key, Totals(accepted, rows, dead_letters, discarded)
 
     def _keys_of(self, prefix: str) -> Iterator[tuple[str, bytes]]:
-        names: Iterator[bytes] = self._client.scan_iter(match=f"{_glob(prefix)}:{{*", count=_PAGE)
-        while page := self._guard(lambda: list(islice(names, _PAGE))):
-            for name in page:
-                key = self._names.key_of(name, prefix)
-                if key is not None:
-                    yield key, name
+        for name in self._server.names(f"{_glob(prefix)}:{{*"):
+            key = self._names.key_of(name, prefix)
+            if key is not None:
+                yield key, name
 
-    def reconcile(self, steps: int = 1) -> int:
-        return sum(self._adopt(names) for names in self._scan_lists(steps))
-
-    def _scan_lists(self, steps: int) -> Iterator[list[bytes]]:
-        """Pages of list names; on a single server each call goes on where the last one stopped."""
-        if self._cluster:
-            yield list(self._client.scan_iter(count=_PAGE, _type="list"))
-            return
-        for _ in range(steps):
-            self._cursor, names = self._one("SCAN", self._cursor, "COUNT", _PAGE, "TYPE", "list")
-            yield names
-            if not self._cursor:
-                return
+    def reconcile(self, budget_ms: int) -> int:
+        # The first pass of a process is the one that finds what an outage left; the rest keeps an eye on it.
+        end = time.monotonic() + max(budget_ms, 0 if self._server.walked else FIRST_PASS_MS) / 1000
+        adopted = 0
+        for names in self._server.walk_lists():
+            adopted += self._adopt(names)
+            if time.monotonic() >= end:
+                break
+        return adopted
 
     def _adopt(self, names: Sequence[bytes]) -> int:
+        """Index what is not; returns how many. Costs one look per list, and more only for what is news."""
         keys = [key for name in names if (key := self._names.key_of(name, self._names.data)) is not None]
-        states = self._states(keys)
+        of = self._names.of
+        looks = self._scores(self._names.keys, keys)
+        lengths = self._run([Call("LLEN", None, [of(self._names.data, key)]) for key in keys])
+        pushed = self._run([Call("HGET", None, [of("stats", key), "chunks"]) for key in keys])
+        news = [
+            key
+            for key, look, length, counted in zip(keys, looks, lengths, pushed, strict=True)
+            if look is None or (look > 0 and length > int(counted or 0))
+        ]
+        index = self._names.keys
+        adopted: int = sum(
+            self._run(
+                [
+                    Call("ZADD", None, [index, "LT", 0 if self._is_full(state) else state.first, state.key])
+                    for state in self._states(news)
+                ]
+            )
+        )
+        return adopted + self._adopt_batches(names)
+
+    def _adopt_batches(self, names: Sequence[bytes]) -> int:
         refs = [BatchRef(*found) for name in names if (found := self._names.batch_of(name, "batch"))]
-        calls = [
-            _Call("ZADD", None, [self._names.keys, "LT", 0 if self._is_full(state) else state.first, state.key])
-            for state in states
-        ]
-        batches = [batch for batch in self._batches(refs) if batch]
-        calls += [
-            _Call("ZADD", None, [self._names.batches, "NX", batch.sealed_at, _member(batch.ref)])
-            for batch in batches
-            if batch.state == "open"
-        ]
-        calls += [
-            _Call("ZADD", None, [self._names.recovery, "NX", "+inf", _member(batch.ref)])
-            for batch in batches
-            if batch.state == "recovery"
-        ]
+        members = [_member(ref) for ref in refs]
+        indexed = zip(
+            refs, self._scores(self._names.batches, members), self._scores(self._names.recovery, members), strict=True
+        )
+        unknown = [ref for ref, look, attempt in indexed if look is None and attempt is None]
+        calls: list[Call] = []
+        for batch in filter(None, self._batches(unknown)):
+            if batch.state == "open":
+                calls.append(Call("ZADD", None, [self._names.batches, "NX", batch.sealed_at, _member(batch.ref)]))
+            elif batch.state == "recovery":
+                calls.append(Call("ZADD", None, [self._names.recovery, "NX", "+inf", _member(batch.ref)]))
         return sum(self._run(calls))
 
     def _is_full(self, state: BufferState) -> bool:
         return state.records >= self._full_records or state.size >= self._full_bytes
 
     def close(self) -> None:
-        self._client.close()
+        self._server.close()
 
-    # -- transport ----------------------------------------------------------------------------------------------------
+    def _schedule(self, index: str, looks: Mapping[str, int | str]) -> None:
+        """When members of an index are looked at next."""
+        self._run(
+            [
+                Call("schedule", [index], [*chain.from_iterable((look, member) for member, look in page)])
+                for page in pages(looks.items())
+            ]
+        )
 
-    def _one(self, command: str, *args: Any) -> Any:
-        return self._run([_Call(command, None, args)])[0]
-
-    def _run(self, calls: Sequence[_Call], *, atomic: bool = False, errors: bool = False) -> list[Any]:
-        """Send calls in one round trip; `atomic`: all or nothing, where they share a server; `errors`: return them."""
-        if not calls:
-            return []
-        replies = self._guard(lambda: self._send(calls, atomic))
-        if any(isinstance(reply, NoScriptError) for reply in replies):
-            self._load()
-            replies = self._guard(lambda: self._send(calls, atomic))
-        for reply in replies:
-            if isinstance(reply, Exception) and not errors:
-                raise _translate(reply) from reply
-        return replies
-
-    def _send(self, calls: Sequence[_Call], atomic: bool) -> list[Any]:
-        if not self._shas:
-            self._load()
-        pipe = self._client.pipeline(transaction=atomic and not self._cluster)
-        for call in calls:
-            if call.keys is None:
-                pipe.execute_command(*call.name.split(" "), *call.args)
-            else:
-                pipe.execute_command("EVALSHA", self._shas[call.name], len(call.keys), *call.keys, *call.args)
-        return pipe.execute(raise_on_error=False)
-
-    def _load(self) -> None:
-        self._shas = {name: self._client.script_load(text) for name, text in _SCRIPTS.items()}
-
-    def _guard(self, action: Callable[[], _T]) -> _T:
-        try:
-            return action()
-        except RedisError as error:
-            raise _translate(error) from error
-
-
-def _translate(error: Exception) -> Exception:
-    # Inside a script or a transaction the error arrives as text.
-    if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM command" in str(error)):
-        return BufferFullError("Redis is out of memory (maxmemory reached); nothing was stored, try again later")
-    if isinstance(error, _UNAVAILABLE) or "MISCONF" in str(error):
-        return BufferUnavailableError(f"Redis does not take the request: {error}")
-    return error
-
-
-def _pages(items: Iterable[_T]) -> Iterator[list[_T]]:
-    iterator = iter(items)
-    while page := list(islice(iterator, _PAGE)):
-        yield page
-
-
-def _schedule(index: str, score: int | str, member: bytes | str) -> _Call:
-    return _Call("schedule", [index], [score, member])
+    def _forget(self, index: str, members: Iterable[bytes | str]) -> None:
+        self._run([Call("ZREM", None, [index, *page]) for page in pages(members)])
 
 
 def _member(ref: BatchRef) -> str:

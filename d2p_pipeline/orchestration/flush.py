@@ -8,6 +8,7 @@ may pass; after that the hook `to_recovery` puts the unit's batches into recover
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import dagster as dg
@@ -17,6 +18,8 @@ from ulid import ULID
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer, Reason, Seal
 from d2p_pipeline.delivery import Announced, Delivered, Rows, Text, Unit, Written
 from d2p_pipeline.orchestration.assets import report_deliveries
+from d2p_pipeline.orchestration.decide import limits_of, why_seal
+from d2p_pipeline.orchestration.deliver import deliver
 from d2p_pipeline.orchestration.failures import no_retry_if_permanent, to_recovery
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.resources import DeliveryResource
@@ -46,14 +49,17 @@ def plan_units(
 ) -> Iterator[dg.DynamicOutput[Unit]]:
     """Seal what is asked for, claim the batches and cut them into units."""
     refs = [BatchRef(batch.key, batch.id) for batch in config.batches]
-    if not refs:
+    if refs:
+        keys = list(dict.fromkeys(ref.key for ref in refs))
+        delivery_parts.leases.attend(keys, delivery_parts.settings.run_seconds)
+    else:
         refs = seal_now(delivery_parts.buffer, config.keys, config.reason)
     units, skipped = delivery_parts.plan(refs)
     for ref in skipped:
         context.log.info(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it")
     context.log.info(f"{len(refs)} batches, {len(units)} units")
     for number, unit in enumerate(units):
-        yield dg.DynamicOutput(unit, mapping_key=str(number))
+        yield dg.DynamicOutput(unit, mapping_key=f"{number:05}")  # Dagster runs them in the order of their names
 
 
 def seal_now(buffer: Buffer, keys: list[str], reason: Reason) -> list[BatchRef]:
@@ -96,12 +102,69 @@ def acknowledge(
         return delivery_parts.acknowledge(rows, cast(list[Written], files), parquet.remove)
 
 
+@dataclass(frozen=True)
+class Deliveries:
+    """What a run delivered, and what it could not of the batches it went on with."""
+
+    done: list[Delivered]
+    failed: dict[BatchRef, Exception]
+
+
+@dg.op(out=dg.Out(Deliveries, io_manager_key="memory"))
+def go_on(
+    context: dg.OpExecutionContext,
+    units: list[list[Delivered]],
+    delivery_parts: DeliveryResource,
+    parquet: dg.ResourceParam[ParquetIOManager],
+) -> Deliveries:
+    """Deliver what became due of the run's keys meanwhile: a busy key need not pay the start of a run for each batch."""
+    done = [part for unit in units for part in unit]
+    failed: dict[BatchRef, Exception] = {}
+    batches, due = 0, became_due(context, delivery_parts)
+    while sum(part.part.size for part in done) < delivery_parts.settings.run_bytes and (refs := next(due, None)):
+        more, reasons = deliver(delivery_parts, parquet, refs, context)
+        done += more
+        failed |= reasons
+        batches += len(refs)
+    if batches:
+        context.instance.add_run_tags(context.run_id, {"d2p/went_on": f"{batches} batches"})
+    return Deliveries(done, failed)
+
+
+def became_due(context: dg.OpExecutionContext, parts: DeliveryResource) -> Iterator[list[BatchRef]]:
+    """Seal what is due of the keys this run attends, again and again, until nothing is or its time is over.
+
+    A run that dies after the seal leaves a batch like any other: the sensor finds that nobody holds it.
+    """
+    settings, idle = parts.settings, 0.0
+    limits = limits_of(settings)
+    while parts.leases.keys and parts.age < settings.run_seconds:
+        now = parts.buffer.now()
+        due = parts.buffer.due_among(parts.leases.keys, now - limits.age_ms)
+        seals = [Seal(state.key, str(ULID()), why_seal(state, now, limits)) for state in due]
+        if batches := parts.buffer.seal(seals, look_in=int(settings.redis_lock_ttl * 1000)):
+            idle = 0.0
+            yield [batch.ref for batch in batches]
+        elif idle < settings.run_linger and not context.instance.get_runs_count(_QUEUED):
+            time.sleep(LOOK_SECONDS)
+            idle += LOOK_SECONDS
+        else:
+            return
+
+
+LOOK_SECONDS = 1.0
+"""How often a run that lingers looks for due work."""
+_QUEUED = dg.RunsFilter(statuses=[dg.DagsterRunStatus.QUEUED])
+
+
 @dg.op(out=dg.Out(dg.Nothing, io_manager_key="memory"))
-def report(context: dg.OpExecutionContext, units: list[list[Delivered]], delivery_parts: DeliveryResource) -> None:
+def report(context: dg.OpExecutionContext, deliveries: Deliveries, delivery_parts: DeliveryResource) -> None:
     """One materialization per key."""
     took = time.time() - (context.instance.get_run_stats(context.run_id).start_time or time.time())
-    parts = [part for unit in units for part in unit]
-    report_deliveries(context, parts, now=delivery_parts.buffer.now(), took=took)
+    report_deliveries(context, deliveries.done, now=delivery_parts.buffer.now(), took=took)
+    if deliveries.failed:
+        shown = "; ".join(f"batch {ref.id}: {error}" for ref, error in list(deliveries.failed.items())[:5])
+        raise dg.Failure(f"{len(deliveries.failed)} batches went into recovery: {shown}", allow_retries=False)
 
 
 def retry_policy() -> dg.RetryPolicy:
@@ -122,8 +185,8 @@ def retry_policy() -> dg.RetryPolicy:
     description="Sealed batches to Parquet files. Launch it without configuration to flush everything that waits.",
 )
 def flush() -> None:
-    def deliver(unit: Unit) -> list[Delivered]:
+    def deliver_unit(unit: Unit) -> list[Delivered]:
         rows = validate_records(read_records(unit))
         return acknowledge(rows, build_parquet(rows))
 
-    report(plan_units().map(deliver).collect())
+    report(go_on(plan_units().map(deliver_unit).collect()))

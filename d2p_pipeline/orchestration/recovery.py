@@ -17,7 +17,8 @@ from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PART
 from d2p_pipeline.buffer.protocol import Batch
 from d2p_pipeline.delivery import Delivered
 from d2p_pipeline.orchestration.assets import report_deliveries
-from d2p_pipeline.orchestration.failures import give_up, put_into_recovery
+from d2p_pipeline.orchestration.deliver import deliver
+from d2p_pipeline.orchestration.failures import give_up
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.keys import RECOVERY, partition_of
 from d2p_pipeline.orchestration.resources import DeliveryResource
@@ -53,35 +54,16 @@ def recovery(
     delivered: list[Delivered] = []
     failures: dict[str, Exception] = {}
     for batch in batches:
-        done, error = _deliver(delivery_parts, parquet, batch, context)
+        done, failed = deliver(delivery_parts, parquet, [batch.ref], context)
         delivered += done
         rows = sum(part.rows for part in done)
         context.add_asset_metadata({"dagster/row_count": rows, "key": batch.key}, partition_key=batch.id)
-        if error:
-            failures[batch.id] = error
+        failures |= {ref.id: error for ref, error in failed.items()}
     report_deliveries(context, delivered, now=buffer.now(), took=time.time() - started)
     if failures:
         shown = "; ".join(f"batch {batch_id}: {error}" for batch_id, error in list(failures.items())[:5])
         raise dg.Failure(f"{len(failures)} of {len(batches)} batches stay in recovery: {shown}", allow_retries=False)
     return dg.MaterializeResult()
-
-
-def _deliver(
-    parts: DeliveryResource, parquet: ParquetIOManager, batch: Batch, context: dg.AssetExecutionContext
-) -> tuple[list[Delivered], Exception | None]:
-    """Deliver what is left of one batch; whatever goes wrong is kept with the batch, which stays in recovery."""
-    delivered: list[Delivered] = []
-    units, skipped = parts.plan([batch.ref])
-    if skipped:
-        context.log.info(f"key={batch.key} batch={batch.id} skipped: delivered already, or another run holds it")
-    for unit in units:
-        try:
-            rows = parts.check(parts.read(unit))
-            delivered += parts.acknowledge(rows, parquet.write(parts.build(rows)), parquet.remove)
-        except Exception as error:  # noqa: BLE001  # nothing about one batch may hold up the others
-            put_into_recovery(parts, unit.parts[0].claim, error, context.instance, context.log)
-            return delivered, error
-    return delivered, None
 
 
 recover = dg.define_asset_job(

@@ -5,15 +5,18 @@ Its methods are the steps of `d2p_pipeline.delivery` with the settings filled in
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import dagster as dg
 from pydantic import PrivateAttr
 
 from d2p_pipeline import delivery, wiring
+from d2p_pipeline.ahead import Ahead
 from d2p_pipeline.buffer.lease import Leases
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer
-from d2p_pipeline.delivery import Announced, Delivered, Rows, Text, Unit, Written
+from d2p_pipeline.delivery import Announced, Delivered, ParquetFile, Rows, Text, Unit, Written
 from d2p_pipeline.settings import Settings, load
 
 
@@ -24,6 +27,9 @@ class DeliveryResource(dg.ConfigurableResource):
     _buffer: Buffer | None = PrivateAttr(default=None)
     _leases: Leases | None = PrivateAttr(default=None)
     _units: list[Unit] = PrivateAttr(default_factory=list)
+    _pool: ThreadPoolExecutor | None = PrivateAttr(default=None)
+    _ahead: Ahead | None = PrivateAttr(default=None)
+    _began: float = PrivateAttr(default_factory=time.monotonic)
 
     @contextlib.contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["DeliveryResource"]:
@@ -34,8 +40,12 @@ class DeliveryResource(dg.ConfigurableResource):
                 context.log.warning(warning)
         run = context.run.run_id if context.run else "no-run"
         owner = f"{settings.redis_lock_instance_name}:{run}:{os.getpid()}"
-        self._buffer = buffer
-        with contextlib.closing(buffer), Leases(buffer, owner, int(settings.redis_lock_ttl * 1000)) as self._leases:
+        self._buffer, self._began = buffer, time.monotonic()
+        with (
+            contextlib.closing(buffer),
+            ThreadPoolExecutor(self.jobs, "d2p-unit") as self._pool,
+            Leases(buffer, owner, int(settings.redis_lock_ttl * 1000)) as self._leases,
+        ):
             yield self
 
     @property
@@ -53,10 +63,22 @@ class DeliveryResource(dg.ConfigurableResource):
         assert self._leases
         return self._leases
 
+    @property
+    def jobs(self) -> int:
+        """Units worked on at the same time; a user's function is never called from two threads at once."""
+        return 1 if self.settings.transform else self.settings.unit_jobs
+
+    @property
+    def age(self) -> float:
+        """Seconds since the run opened this."""
+        return time.monotonic() - self._began
+
     def plan(self, refs: Iterable[BatchRef]) -> tuple[list[Unit], list[BatchRef]]:
         """Claim batches and cut them into units; the second list: those there is nothing to do for."""
+        assert self._pool
         units, skipped = delivery.plan(self.buffer, self.leases, refs, self.settings.unit_bytes)
         self._units = units
+        self._ahead = Ahead(self._pool, self.jobs, units, read=self._read, check=self._check, build=self._build)
         return units, skipped
 
     def unit(self, number: int) -> Unit:
@@ -64,22 +86,33 @@ class DeliveryResource(dg.ConfigurableResource):
         return self._units[number]
 
     def read(self, unit: Unit) -> Text:
-        return delivery.read(self.buffer, unit)
+        assert self._ahead  # a unit comes from a plan
+        return self._ahead.read(unit)
 
     def check(self, text: Text) -> Rows:
-        return delivery.check(text, wiring.rules(self.settings))
+        assert self._ahead
+        return self._ahead.check(text)
 
     def build(self, rows: Rows) -> Announced:
         """Encode the files and announce them."""
+        assert self._ahead
+        return delivery.announce(self.buffer, rows.unit, self._ahead.build(rows))
+
+    def _read(self, unit: Unit) -> Text:
+        return delivery.read(self.buffer, unit)
+
+    def _check(self, text: Text) -> Rows:
+        return delivery.check(text, wiring.rules(self.settings))
+
+    def _build(self, rows: Rows) -> list[ParquetFile]:
         settings = self.settings
-        files = delivery.build(
+        return delivery.build(
             rows,
             wiring.rules(settings),
             wiring.encoding(settings),
             partition_time=settings.partition_time,
             use_hash=settings.use_hash,
         )
-        return delivery.announce(self.buffer, rows.unit, files)
 
     def acknowledge(self, rows: Rows, written: Sequence[Written], remove: Callable[[str], None]) -> list[Delivered]:
         return delivery.acknowledge(

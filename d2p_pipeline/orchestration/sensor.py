@@ -5,8 +5,10 @@ run never delivered it (died, was lost with its host) is due again when its leas
 of the reconcile pass in each finds what no index knows.
 """
 
+import dataclasses
 import functools
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -16,7 +18,7 @@ from ulid import ULID
 
 from d2p_pipeline import wiring
 from d2p_pipeline.buffer.protocol import Batch, BatchRef, Buffer, BufferFullError, Seal
-from d2p_pipeline.orchestration.decide import Limits, share_runs, why_seal
+from d2p_pipeline.orchestration.decide import Share, limits_of, share_runs, why_seal
 from d2p_pipeline.orchestration.failures import give_up
 from d2p_pipeline.orchestration.flush import flush
 from d2p_pipeline.orchestration.keys import partition_of
@@ -24,8 +26,8 @@ from d2p_pipeline.settings import Settings, load
 
 TICK_SECONDS = 5
 DUE_PER_TICK = 10_000
-RECONCILE_STEPS = 5
-"""Pages of a thousand names looked at per tick."""
+RECONCILE_MS = 10
+"""What a tick spends on finding what no index knows."""
 LOOK_AGAIN_MS = 20_000
 """When a batch is looked at again after a run was asked for; doubles with each run asked for in vain."""
 LOOK_AGAIN_LIMIT_MS = 300_000
@@ -58,27 +60,11 @@ def buffer_sensor(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest
         yield dg.SkipReason("this instance only receives (redis_skip_flush)")
         return
     prove_store(context, settings)
-    limits = Limits(
-        records=settings.buffer_size,
-        size=settings.flush_bytes,
-        age_ms=int(settings.flush_interval * 1000),
-        run_bytes=settings.run_bytes,
-        runs=settings.max_runs_per_tick,
-    )
     with _one_at_a_time:
-        sealed = seal_due(context, buffer, limits)
-        batches = list(undelivered(buffer, context.instance))
-        hopeless = [batch for batch in batches if batch.requests >= settings.run_attempts]
-        what = f"{settings.run_attempts} runs were asked for and none delivered it"
-        give_up(buffer, settings, hopeless, what, context.instance, context.log)
-        groups = share_runs([batch for batch in batches if batch.requests < settings.run_attempts], limits)
-        for group in groups:
-            for batch in group:
-                wait = min(LOOK_AGAIN_MS << min(batch.requests, 10), LOOK_AGAIN_LIMIT_MS)
-                buffer.postpone(batch.ref, buffer.now() + wait, requested=True)
-            yield run_request(group)
-        if not groups:
-            yield dg.SkipReason(f"nothing due; sealed {sealed}")
+        requests = list(tick(context, buffer, settings))
+    yield from requests
+    if not requests:
+        yield dg.SkipReason("nothing to ask a run for")
 
 
 def prove_store(context: dg.SensorEvaluationContext, settings: Settings) -> None:
@@ -92,62 +78,88 @@ def prove_store(context: dg.SensorEvaluationContext, settings: Settings) -> None
     _proven.append(settings)
 
 
-def seal_due(context: dg.SensorEvaluationContext, buffer: Buffer, limits: Limits) -> int:
-    """Seal every due buffer; returns how many became batches."""
+def tick(context: dg.SensorEvaluationContext, buffer: Buffer, settings: Settings) -> Iterator[dg.RunRequest]:
+    """Seal what is due, ask for runs over what is sealed; both only as far as runs may still wait for their start."""
     try:
-        adopted = buffer.reconcile(RECONCILE_STEPS)
+        adopted = buffer.reconcile(RECONCILE_MS)
         if adopted:
             context.log.info(f"adopted {adopted} buffers or batches that no index knew")
     except BufferFullError as error:
         context.log.warning(f"reconcile postponed: {error}")
-    now = buffer.now()
+    now, limits = buffer.now(), limits_of(settings)
     due = buffer.due(now - limits.age_ms, DUE_PER_TICK)
-    return len(buffer.seal([Seal(state.key, str(ULID()), why_seal(state, now, limits)) for state in due]))
+    if not due and not buffer.due_batches(now, 1):
+        return
+    queue = _runs(context.instance, _WAITING)
+    limits = dataclasses.replace(limits, runs=max(0, limits.runs - len(queue)))
+    if limits.runs:  # else buffers grow where they are: one large batch costs less than many small ones
+        buffer.seal([Seal(state.key, str(ULID()), why_seal(state, now, limits)) for state in due])
+    free = unheld(context.instance, buffer, queue)
+    hopeless = [batch for batch in free if batch.requests >= settings.run_attempts]
+    hopeful = [batch for batch in free if batch.requests < settings.run_attempts]
+    what = f"{settings.run_attempts} runs were asked for and none delivered it"
+    give_up(buffer, settings, hopeless, what, context.instance, context.log)
+    shares = share_runs(hopeful, limits, _waiting_per_key(queue))
+    now = buffer.now()
+    looks = {batch.ref: now + _look_again(batch) for share in shares for batch in share.batches}
+    buffer.postpone(looks, requested=True)
+    yield from map(run_request, shares)
 
 
-def undelivered(buffer: Buffer, instance: dg.DagsterInstance) -> Iterator[Batch]:
-    """Due batches that no run works on: fresh ones, and those whose run came to nothing."""
-    in_flight: set[BatchRef] | None = None
-    for batch in buffer.due_batches(buffer.now(), DUE_PER_TICK):
-        if batch.requests:
-            if in_flight is None:
-                in_flight = set(batches_in_flight(instance))
-            if batch.ref in in_flight or buffer.is_claimed(batch.ref):
-                buffer.postpone(batch.ref, buffer.now() + LOOK_AGAIN_MS)
-                continue
-        yield batch
+def unheld(instance: dg.DagsterInstance, buffer: Buffer, queue: Sequence[dg.DagsterRun]) -> list[Batch]:
+    """Due batches that no run works on or is about to: fresh ones, and those whose run came to nothing."""
+    batches = buffer.due_batches(buffer.now(), DUE_PER_TICK)
+    taken = buffer.claimed([batch.ref for batch in batches])
+    for run in (*queue, *_runs(instance, _STARTED, START_SECONDS)):
+        taken |= _batches_of(run)
+    later = buffer.now() + LOOK_AGAIN_MS
+    buffer.postpone({batch.ref: later for batch in batches if batch.ref in taken})
+    return [batch for batch in batches if batch.ref not in taken]
 
 
-def batches_in_flight(instance: dg.DagsterInstance) -> Iterator[BatchRef]:
-    """Batches of runs that are about to claim them. A run that claims holds a lease, which says more than its status."""
-    waiting = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING]
-    yield from _batches_of(instance.get_runs(dg.RunsFilter(job_name=flush.name, statuses=waiting)))
-    young = dg.RunsFilter(
-        job_name=flush.name,
-        statuses=[dg.DagsterRunStatus.STARTED],
-        updated_after=datetime.now(UTC) - timedelta(seconds=START_SECONDS),
-    )
-    yield from _batches_of(instance.get_runs(young))
+def _look_again(batch: Batch) -> int:
+    return min(LOOK_AGAIN_MS << min(batch.requests, 10), LOOK_AGAIN_LIMIT_MS)
 
 
-def _batches_of(runs: Iterable[dg.DagsterRun]) -> Iterator[BatchRef]:
-    for run in runs:
-        ops: Mapping[str, Any] = cast(Mapping[str, Any], run.run_config).get("ops", {})
-        for batch in ops.get("plan_units", {}).get("config", {}).get("batches", []):
-            yield BatchRef(batch["key"], batch["id"])
+_WAITING = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING]
+_STARTED = [dg.DagsterRunStatus.STARTED]
 
 
-def run_request(group: Sequence[Batch]) -> dg.RunRequest:
+def _runs(
+    instance: dg.DagsterInstance, statuses: list[dg.DagsterRunStatus], seconds: int | None = None
+) -> Sequence[dg.DagsterRun]:
+    """Runs that are about to claim. Which batches are claimed says their lease, and better than a run's status."""
+    since = datetime.now(UTC) - timedelta(seconds=seconds) if seconds else None
+    return instance.get_runs(dg.RunsFilter(job_name=flush.name, statuses=statuses, updated_after=since))
+
+
+def _batches_of(run: dg.DagsterRun) -> set[BatchRef]:
+    ops: Mapping[str, Any] = cast(Mapping[str, Any], run.run_config).get("ops", {})
+    batches = ops.get("plan_units", {}).get("config", {}).get("batches", [])
+    return {BatchRef(batch["key"], batch["id"]) for batch in batches}
+
+
+def _waiting_per_key(queue: Iterable[dg.DagsterRun]) -> dict[str, int]:
+    """How many waiting runs each key has to itself."""
+    keys = ({batch.key for batch in _batches_of(run)} for run in queue)
+    return Counter(key for (key, *others) in keys if not others)
+
+
+def run_request(share: Share) -> dg.RunRequest:
     """A run over batches. Its key names the first batch and the attempt: the same tick twice asks for one run."""
-    first = group[0]
-    keys = sorted({batch.key for batch in group})
+    first = share.batches[0]
+    keys = sorted({batch.key for batch in share.batches})
     tags = {
         "d2p/key": partition_of(keys[0])[:TAG_LENGTH] if len(keys) == 1 else f"{len(keys)} keys",
-        "d2p/batch": first.id if len(group) == 1 else f"{len(group)} batches from {first.id}",
-        "d2p/records": str(sum(batch.records for batch in group)),
+        "d2p/batch": first.id if len(share.batches) == 1 else f"{len(share.batches)} batches from {first.id}",
+        "d2p/records": str(sum(batch.records for batch in share.batches)),
+        "d2p/bytes": str(sum(batch.size for batch in share.batches)),
+        "d2p/sealed_by": ", ".join(sorted({batch.reason for batch in share.batches})),
+        "d2p/why": share.why,
         "d2p/attempt": str(first.requests + 1),
+        "dagster/priority": str(-share.behind),
     }
-    batches = [{"key": batch.key, "id": batch.id} for batch in group]
+    batches = [{"key": batch.key, "id": batch.id} for batch in share.batches]
     return dg.RunRequest(
         run_key=f"{first.id}:{first.requests + 1}",
         run_config={"ops": {"plan_units": {"config": {"batches": batches}}}},

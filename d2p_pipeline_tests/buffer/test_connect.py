@@ -75,7 +75,7 @@ def assert_delivers(client: Client) -> None:
         assert buffer.read(claim.batch, 0, 1) == [b"chunk"]
         assert buffer.acknowledge(claim, 0, units=1, rows=1) == "complete"
     assert list(buffer.open_batches()) == []
-    buffer.reconcile()
+    buffer.reconcile(0)
     assert {totals.rows for _, totals in buffer.totals()} == {1}
 
 

@@ -184,12 +184,12 @@ def test_a_buffer_is_due_by_records_by_bytes_by_age_or_on_request(buffer: Buffer
 def test_a_postponed_batch_is_looked_at_later_and_counts_the_runs_asked_for(buffer: Buffer) -> None:
     push(buffer, "k", b"one")
     ref = seal(buffer, "k").ref
-    buffer.postpone(ref, buffer.now() + 60_000, requested=True)
+    buffer.postpone({ref: buffer.now() + 60_000}, requested=True)
     assert buffer.due_batches(buffer.now(), 10) == []
     [batch] = buffer.due_batches(buffer.now() + 120_000, 10)
     assert batch.requests == 1
     deliver(buffer, batch, rows=1)
-    buffer.postpone(ref, buffer.now(), requested=True)  # late, after the delivery
+    buffer.postpone({ref: buffer.now()}, requested=True)  # late, after the delivery
     assert buffer.due_batches(buffer.now() + 120_000, 10) == []
 
 

@@ -11,7 +11,16 @@ from redis.retry import Retry
 
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
-from d2p_pipeline.buffer.protocol import BatchRef, BufferFullError, BufferUnavailableError, Claim, Push, Seal, Totals
+from d2p_pipeline.buffer.protocol import (
+    BatchRef,
+    Buffer,
+    BufferFullError,
+    BufferUnavailableError,
+    Claim,
+    Push,
+    Seal,
+    Totals,
+)
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline_tests.buffer.conftest import CuttingProxy
 
@@ -70,7 +79,7 @@ def test_a_producer_that_only_pushes_lines_is_found_and_becomes_due(
     redis_client.rpush("data:{payments}", b'{"a":1}', b'{"a":2}')
     redis_client.rpush("data:{flood}", *[b"{}"] * 100)
     assert redis_buffer.due(redis_buffer.now() + 1, 10) == []
-    assert redis_buffer.reconcile() == 2
+    assert redis_buffer.reconcile(0) == 2
     assert [state.key for state in redis_buffer.due(0, 10)] == ["flood"]
     [batch] = redis_buffer.seal([Seal("payments", "B1", "age")])
     assert (batch.chunks, batch.records, batch.counted) == (2, 0, False)
@@ -85,7 +94,7 @@ def test_a_size_that_a_foreign_producer_reached_makes_an_indexed_buffer_due(
 ) -> None:
     redis_buffer.push([CHUNK])
     redis_client.rpush("data:{k}", *[b"{}"] * 100)
-    redis_buffer.reconcile()
+    redis_buffer.reconcile(0)
     assert [(state.key, state.records, state.chunks) for state in redis_buffer.due(0, 10)] == [("k", 101, 101)]
 
 
@@ -97,15 +106,15 @@ def test_buffers_and_batches_that_no_index_knows_are_adopted(redis_client: Redis
     later = redis_buffer.now() + 1000
     assert redis_buffer.due(later, 10) == []
     assert redis_buffer.due_batches(later, 10) == []
-    assert redis_buffer.reconcile() == 2
+    assert redis_buffer.reconcile(0) == 2
     assert [state.key for state in redis_buffer.due(later, 10)] == ["other"]
     assert [batch.ref for batch in redis_buffer.due_batches(later, 10)] == [REF]
-    assert redis_buffer.reconcile() == 0
+    assert redis_buffer.reconcile(0) == 0
     claim = redis_buffer.claim(REF, "run", 60_000)
     assert claim
     redis_buffer.fail(claim, "disk full")
     redis_client.delete("recovery")
-    assert redis_buffer.reconcile() == 1
+    assert redis_buffer.reconcile(0) == 1
     assert [batch.ref for batch in redis_buffer.recovering()] == [REF]
 
 
@@ -121,7 +130,7 @@ def test_a_full_server_refuses_a_push_whole_and_lets_deliveries_go_on(
     claim = redis_buffer.claim(REF, "run", 60_000)
     assert claim
     assert redis_buffer.plan(REF, [(0, 1)])
-    redis_buffer.postpone(REF, 0, requested=True)
+    redis_buffer.postpone({REF: 0}, requested=True)
     assert redis_buffer.acknowledge(claim, 0, units=1, rows=0, rejected=1, dead_letters=[b"letter"]) == "complete"
     redis_client.config_set("maxmemory", 0)
     assert dict(redis_buffer.totals()) == {"k": Totals(accepted=2, rows=0, dead_letters=2)}
@@ -144,3 +153,53 @@ def test_a_server_that_is_gone_is_a_clear_error(tmp_path: Path) -> None:
         buffer.push([CHUNK])
     with pytest.raises(BufferUnavailableError, match="Redis does not take the request"):
         buffer.push([CHUNK])
+
+
+def test_idle_buffers_cost_a_tick_nothing_but_a_page_of_names(redis_client: Redis, redis_buffer: RedisBuffer) -> None:
+    redis_buffer.push([Push(f"key {number}", "1", 60, b"chunk", 1, 5) for number in range(4000)])
+    redis_buffer.reconcile(60_000)
+    assert commands_of(redis_client, lambda: redis_buffer.due(0, 10_000)) == 2
+    assert commands_of(redis_client, lambda: redis_buffer.due_batches(0, 10_000)) == 1
+    assert commands_of(redis_client, lambda: redis_buffer.reconcile(0)) < 4000
+    found: set[str] = set()
+    redis_client.rpush("data:{foreign}", b"{}")
+    for _ in range(40):  # 12,000 names or so in pages of a thousand: the pass goes on where it stopped
+        redis_buffer.reconcile(0)
+        found |= {state.key for state in redis_buffer.due_among(["foreign"], redis_buffer.now())}
+    assert found == {"foreign"}
+
+
+def test_sealing_many_buffers_takes_few_commands_for_each(redis_client: Redis, redis_buffer: RedisBuffer) -> None:
+    redis_buffer.push([Push(f"key {number}", "1", 60, b"chunk", 1, 5) for number in range(500)])
+    seals = [Seal(f"key {number}", f"B{number}", "age") for number in range(500)]
+    assert len(redis_buffer.due(redis_buffer.now() + 1, 1000)) == 500
+    # A script with its eight commands, and one look at the batch.
+    assert commands_of(redis_client, lambda: redis_buffer.seal(seals)) < 500 * 13
+    looks = {BatchRef(seal.key, seal.batch_id): 0 for seal in seals}
+    assert commands_of(redis_client, lambda: redis_buffer.postpone(looks)) < 500 * 3
+    assert len(redis_buffer.due_batches(0, 1000)) == 500
+
+
+def test_attended_keys_are_left_to_their_run_until_it_ends_or_dies(buffer: Buffer) -> None:
+    buffer.push([Push(key, "1", 60, b"chunk", 1, 5) for key in ("a", "b")])
+    buffer.attend(["a"], buffer.now() + 60_000)
+    later = buffer.now() + 1000
+    assert [state.key for state in buffer.due(later, 10)] == ["b"]
+    assert [state.key for state in buffer.due_among(["a", "c"], later)] == ["a"]
+    assert buffer.due_among(["a"], 0) == []
+    buffer.attend(["a"], buffer.now() - 1)  # its run has not said for a while that it lives
+    assert [state.key for state in buffer.due(later, 10)] == ["a", "b"]
+    buffer.attend(["a"], buffer.now() + 60_000)
+    buffer.leave(["a"])
+    assert [state.key for state in buffer.due(later, 10)] == ["a", "b"]
+
+
+def commands_of(client: Redis, action: Callable[[], object]) -> int:
+    """How many commands the server executed for `action`, those inside of scripts included."""
+    client.config_resetstat()
+    action()
+    calls = client.info("commandstats")
+    assert isinstance(calls, dict)
+    return sum(
+        stats["calls"] for name, stats in calls.items() if name not in ("cmdstat_config", "cmdstat_config|resetstat")
+    )

@@ -130,4 +130,5 @@ def _steps() -> dict[str, tuple[Any, str]]:
         "rename": (os, "replace"),
         "acknowledge": (RedisBuffer, "acknowledge"),
         "release": (RedisBuffer, "release"),
+        "seal": (RedisBuffer, "seal"),
     }

@@ -2,12 +2,15 @@
 
 import hashlib
 import signal
+import time
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from redis import Redis
 
-from d2p_pipeline.buffer.protocol import Batch, Seal, Totals
+from d2p_pipeline.buffer.protocol import Batch, BatchRef, Seal, Totals
+from d2p_pipeline.orchestration.sensor import buffer_sensor
 from d2p_pipeline_tests.faults.struck_run import StruckRun
 from d2p_pipeline_tests.pipeline import Pipeline, line
 
@@ -96,3 +99,29 @@ def test_a_run_paused_past_its_lease_wakes_up_to_find_its_work_done(
     assert pipeline.messages() == ["0 10", "0 11", "1 10", "1 11"]
     assert len(pipeline.buffer.dead_letters("payments")) == 2
     assert dict(pipeline.buffer.totals()) == {"payments": Totals(accepted=6, rows=4, dead_letters=2)}
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["before:seal:1", "after:seal:1", "after:plan:2", "after:rename:3", "before:acknowledge:2", "after:acknowledge:2"],
+)
+def test_what_a_run_was_going_on_with_when_it_was_killed_is_taken_up_by_the_sensor(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point: str
+) -> None:
+    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "1")
+    lines = [line(message=f"sealed {hour}", time=f"2026-11-21T{hour}:00:00Z") for hour in (10, 11)]
+    pipeline.receive(lines, name="first")
+    [batch] = pipeline.buffer.seal([Seal("payments", "B1", "age")])
+    pipeline.receive([line(message=str(number)) for number in range(100)], name="second")
+    died = StruckRun(tmp_path / "log", [batch.ref], point)
+    assert died.wait() == -signal.SIGKILL, died.output()
+    deadline = time.monotonic() + 60
+    while dict(pipeline.buffer.totals())["payments"].rows < 102 and time.monotonic() < deadline:
+        requests = buffer_sensor.evaluate_tick(dg.build_sensor_context(instance=pipeline.instance)).run_requests or []
+        for request in requests:
+            config = request.run_config["ops"]["plan_units"]["config"]
+            assert pipeline.flush(*(BatchRef(found["key"], found["id"]) for found in config["batches"])).success
+        time.sleep(0.2)
+    assert pipeline.messages() == sorted([*map(str, range(100)), "sealed 10", "sealed 11"])
+    assert dict(pipeline.buffer.totals()) == {"payments": Totals(accepted=102, rows=102, dead_letters=0)}
+    assert list(pipeline.buffer.open_batches()) == []

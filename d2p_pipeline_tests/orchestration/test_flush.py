@@ -1,5 +1,7 @@
 """The flush job: batches to files and dead letters, exactly once, whatever the batches look like."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
@@ -139,7 +141,7 @@ def test_small_batches_of_many_keys_share_a_unit_and_keep_their_own_files(pipeli
     pipeline.receive([line(f"key {number}", str(number)) for number in range(30)])
     result = pipeline.flush()
     assert result.success
-    assert len([event for event in result.all_events if event.is_step_success]) == 6
+    assert len([event for event in result.all_events if event.is_step_success]) == 7
     assert len(pipeline.files()) == 30
     assert len(materializations(pipeline)) == 30
     assert set(pipeline.instance.get_dynamic_partitions("keys")) == {f"key {number}" for number in range(30)}
@@ -186,6 +188,94 @@ def test_one_unit_that_fails_does_not_hold_up_the_others(pipeline: Pipeline, mon
     assert [key for (key,) in pipeline.rows('SELECT "business-capability" FROM files')] == ["open"]
     assert [batch.key for batch in pipeline.buffer.recovering()] == ["blocked"]
     assert list(pipeline.buffer.open_batches()) == []
+
+
+def full_again(pipeline: Pipeline) -> BatchRef:
+    """A sealed batch of 1 record of `payments`, and 100 more in the buffer, which makes it due."""
+    pipeline.receive([line(message="sealed")], name="first")
+    [batch] = pipeline.buffer.seal([Seal("payments", "B1", "age")])
+    pipeline.receive([line(message=str(number)) for number in range(100)], name="second")
+    return batch.ref
+
+
+def test_a_run_goes_on_with_what_became_due_of_its_keys(pipeline: Pipeline) -> None:
+    ref = full_again(pipeline)
+    pipeline.receive([line("other", str(number)) for number in range(100)])
+    result = pipeline.flush(ref)
+    assert result.success
+    assert len(pipeline.messages()) == 101
+    assert [state.key for state in pipeline.buffer.waiting()] == ["other"]
+    run = pipeline.instance.get_run_by_id(result.run_id)
+    assert run
+    assert run.tags["d2p/went_on"] == "1 batches"
+    assert materializations(pipeline)["payments"].metadata["dagster/row_count"].value == 101
+    [due] = pipeline.buffer.due(0, 10)
+    assert due.key == "other"
+
+
+@pytest.mark.parametrize(("setting", "value"), [("RUN_SECONDS", "0"), ("RUN_BYTES", "1")])
+def test_a_run_goes_on_only_within_its_bounds(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, setting: str, value: str
+) -> None:
+    monkeypatch.setenv(f"D2P_{setting}", value)
+    assert pipeline.flush(full_again(pipeline)).success
+    assert pipeline.messages() == ["sealed"]
+    assert [state.key for state in pipeline.buffer.due(0, 10)] == ["payments"]
+
+
+def test_a_run_that_lingers_delivers_what_becomes_due_while_it_waits(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_RUN_LINGER", "60")
+    monkeypatch.setenv("D2P_RUN_SECONDS", "8")
+    pipeline.receive([line(message="sealed")], name="first")
+    [batch] = pipeline.buffer.seal([Seal("payments", "B1", "age")])
+
+    def send_when_the_first_is_delivered() -> None:
+        while not pipeline.files():
+            time.sleep(0.05)
+        pipeline.receive([line(message=str(number)) for number in range(100)], name="second")
+
+    with ThreadPoolExecutor() as pool:
+        sent = pool.submit(send_when_the_first_is_delivered)
+        assert pipeline.flush(batch.ref).success
+        sent.result()
+    assert len(pipeline.messages()) == 101
+
+
+def test_what_a_run_goes_on_with_and_cannot_write_waits_in_recovery(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_UNIT_BYTES", "1")
+    ref = full_again(pipeline)
+    pipeline.receive([line("blocked")], name="first")
+    [blocked] = pipeline.buffer.seal([Seal("blocked", "B2", "age")])
+    assert pipeline.flush(blocked.ref).success
+    pipeline.receive([line("blocked", str(number), time="2026-11-22T00:00:00Z") for number in range(100)])
+    (pipeline.root / "capability=blocked" / "year=2026" / "month=11" / "day=22").write_text("in the way")
+    pipeline.receive([line("blocked", "sealed")], name="third")
+    assert not pipeline.flush(ref, blocked.ref).success
+    assert [batch.key for batch in pipeline.buffer.recovering()] == ["blocked"]
+    assert len(pipeline.rows("SELECT * FROM files WHERE capability = 'payments'")) == 101
+    assert materializations(pipeline)["payments"].metadata["dagster/row_count"].value == 101
+
+
+def test_units_prepared_ahead_do_not_hide_a_failure_or_change_the_order(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_UNIT_BYTES", "1")
+    monkeypatch.setenv("D2P_UNIT_JOBS", "4")
+    pipeline.receive([line(f"key {number:02}") for number in range(12)])
+    pipeline.root.mkdir()
+    (pipeline.root / "capability=key 03").write_text("in the way")
+    result = pipeline.flush()
+    assert not result.success
+    assert [batch.key for batch in pipeline.buffer.recovering()] == ["key 03"]
+    assert len(pipeline.files()) == 11
+    read = [
+        event.step_key for event in result.all_events if event.is_step_start and "read_records" in str(event.step_key)
+    ]
+    assert read == [f"read_records[{number:05}]" for number in range(12)]
 
 
 def test_rejected_records_are_counted_and_not_kept_where_dead_letters_are_switched_off(

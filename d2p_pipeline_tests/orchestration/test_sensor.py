@@ -5,7 +5,7 @@ import pytest
 from dagster._core.test_utils import create_run_for_test
 from redis import Redis
 
-from d2p_pipeline.buffer.protocol import BatchRef
+from d2p_pipeline.buffer.protocol import BatchRef, Seal
 from d2p_pipeline.orchestration import sensor
 from d2p_pipeline.orchestration.sensor import buffer_sensor
 from d2p_pipeline_tests.pipeline import Pipeline, line
@@ -43,6 +43,7 @@ def test_a_full_buffer_is_sealed_and_its_run_is_tagged_with_key_and_batch(pipeli
     [request] = tick(pipeline)
     [ref] = batches(request)
     assert (ref.key, request.tags["d2p/key"], request.tags["d2p/batch"]) == ("payments", "payments", ref.id)
+    assert (request.tags["d2p/why"], request.tags["d2p/sealed_by"]) == ("few keys due", "size")
     batch = pipeline.buffer.batch(ref)
     assert batch
     assert (batch.reason, batch.records, batch.requests) == ("size", 100, 1)
@@ -154,6 +155,66 @@ def test_many_due_keys_share_few_runs(pipeline: Pipeline) -> None:
     requests = tick(pipeline)
     assert len(requests) == 1
     assert len(batches(requests[0])) == 40
+    assert (requests[0].tags["d2p/key"], requests[0].tags["d2p/why"]) == ("40 keys", "shared")
+
+
+def test_a_hot_key_has_its_own_run_and_floods_stand_back(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2P_UNIT_BYTES", "20000")
+    monkeypatch.setenv("D2P_RUN_BYTES", "40000")
+    sensor.parts.cache_clear()
+    for round in range(3):
+        full(pipeline, "flood", f"round {round}")
+        pipeline.buffer.seal([Seal("flood", f"F{round}", "size")])
+    for number in range(5):
+        pipeline.receive([line(f"key {number}")])
+    pipeline.buffer.request_flush()
+    requests = tick(pipeline)
+    assert [(request.tags["d2p/why"], request.tags["dagster/priority"]) for request in requests] == [
+        ("hot key", "0"),
+        ("shared", "0"),
+        ("hot key", "-1"),
+    ]
+    assert {ref.key for ref in batches(requests[1])} == {f"key {number}" for number in range(5)}
+
+
+def test_while_enough_runs_wait_for_their_start_buffers_grow(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_MAX_RUNS_PER_TICK", "1")
+    sensor.parts.cache_clear()
+    full(pipeline, "payments")
+    [request] = tick(pipeline)
+    run = create_run_for_test(
+        pipeline.instance, job_name="flush", run_config=request.run_config, status=dg.DagsterRunStatus.STARTING
+    )
+    full(pipeline, "payments", "more")
+    full(pipeline, "payments", "still more")
+    assert tick(pipeline) == []
+    assert [state.records for state in pipeline.buffer.waiting()] == [200]
+    pipeline.instance.delete_run(run.run_id)
+    [request] = tick(pipeline)
+    assert pipeline.flush(*batches(request)).success
+    assert len(pipeline.rows()) == 200
+
+
+def test_a_key_that_a_run_attends_is_left_to_it(pipeline: Pipeline) -> None:
+    full(pipeline, "attended")
+    full(pipeline, "other")
+    pipeline.buffer.attend(["attended"], pipeline.buffer.now() + 60_000)
+    [request] = tick(pipeline)
+    assert [ref.key for ref in batches(request)] == ["other"]
+    pipeline.buffer.leave(["attended"])
+    [request] = tick(pipeline)
+    assert [ref.key for ref in batches(request)] == ["attended"]
+
+
+def test_a_batch_that_a_run_sealed_and_holds_is_left_to_it(pipeline: Pipeline) -> None:
+    """A run that goes on, or one from the launchpad, seals by itself: nobody has asked a run for its batch."""
+    full(pipeline, "payments")
+    [batch] = pipeline.buffer.seal([Seal("payments", "B1", "size")])
+    claim = pipeline.buffer.claim(batch.ref, "run", 60_000)
+    assert claim
+    assert tick(pipeline) == []
 
 
 def test_a_receive_only_instance_seals_nothing(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

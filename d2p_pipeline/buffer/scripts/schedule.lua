@@ -1,7 +1,10 @@
--- Puts one member into an index. ZREM comes first so that Redis allows the ZADD even when it is out of memory.
+-- Puts members into an index. ZREM comes first so that Redis allows the ZADD even when it is out of memory.
 --
 -- KEYS  1 zset  the index
--- ARGV  1 score (ms)   2 member
+-- ARGV  score (ms), member, score, member, ..
 
-redis.call('ZREM', KEYS[1], ARGV[2])
-return redis.call('ZADD', KEYS[1], ARGV[1], ARGV[2])
+for i = 1, #ARGV, 2 do
+  redis.call('ZREM', KEYS[1], ARGV[i + 1])
+  redis.call('ZADD', KEYS[1], ARGV[i], ARGV[i + 1])
+end
+return #ARGV / 2

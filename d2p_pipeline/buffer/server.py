@@ -1,0 +1,140 @@
+"""How `redis` talks to its server: calls in one round trip, scripts loaded where they are missing, the protocol's own errors.
+
+Also walks through the names that exist, a page at a time; on a Cluster, node by node.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from redis import Redis
+from redis.cluster import RedisCluster
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    ConnectionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+
+from d2p_pipeline.buffer.protocol import BufferFullError, BufferUnavailableError
+
+Client = Redis | RedisCluster
+_T = TypeVar("_T")
+
+PAGE = 1000
+"""Members, names or commands per round trip of whatever goes through many of them."""
+
+_SCRIPTS = {path.stem: path.read_text() for path in (Path(__file__).parent / "scripts").glob("*.lua")}
+_UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, ClusterDownError)
+
+
+class Call(NamedTuple):
+    """One script call, or one plain command when `keys` is None."""
+
+    name: str
+    keys: Sequence[bytes | str] | None
+    args: Sequence[Any]
+
+
+class Server:
+    """A Redis server, Sentinel group or Cluster. Raises `BufferFullError`, `BufferUnavailableError`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client: Any = client  # redis-py's annotations are too loose to check against
+        self._cluster = isinstance(client, RedisCluster)
+        self._shas: dict[str, str] = {}
+        self._cursors: dict[str, int | None] = {}
+        self.walked = False
+        """Whether `walk_lists` has seen every name."""
+
+    def one(self, command: str, *args: Any) -> Any:
+        """The reply to one command."""
+        return self.run([Call(command, None, args)])[0]
+
+    def run(self, calls: Sequence[Call], *, atomic: bool = False, errors: bool = False) -> list[Any]:
+        """Send calls, a page in one round trip; `atomic`: all of them, all or nothing where they share a server;
+        `errors`: return them."""
+        if not atomic and len(calls) > PAGE:
+            return [reply for page in pages(calls) for reply in self.run(page, errors=errors)]
+        if not calls:
+            return []
+        replies = _translated(lambda: self._send(calls, atomic))
+        if any(isinstance(reply, NoScriptError) for reply in replies):
+            self._load()
+            replies = _translated(lambda: self._send(calls, atomic))
+        for reply in replies:
+            if isinstance(reply, Exception) and not errors:
+                raise _translate(reply) from reply
+        return replies
+
+    def _send(self, calls: Sequence[Call], atomic: bool) -> list[Any]:
+        if not self._shas:
+            self._load()
+        pipe = self._client.pipeline(transaction=atomic and not self._cluster)
+        for call in calls:
+            if call.keys is None:
+                pipe.execute_command(*call.name.split(" "), *call.args)
+            else:
+                pipe.execute_command("EVALSHA", self._shas[call.name], len(call.keys), *call.keys, *call.args)
+        return pipe.execute(raise_on_error=False)
+
+    def _load(self) -> None:
+        self._shas = {name: self._client.script_load(text) for name, text in _SCRIPTS.items()}
+
+    def names(self, pattern: str) -> Iterator[bytes]:
+        """Every name that matches; costs what exists."""
+        found: Iterator[bytes] = self._client.scan_iter(match=pattern, count=PAGE)
+        while page := _translated(lambda: list(islice(found, PAGE))):
+            yield from page
+
+    def walk_lists(self) -> Iterator[list[bytes]]:
+        """Pages of the names of lists, from where the last call stopped to the end of the last node's names."""
+        nodes: list[Any] = self._client.get_primaries() if self._cluster else [None]
+        for node in nodes:
+            place = node.name if node else ""
+            options = {"target_nodes": node} if node else {}
+            while (cursor := self._cursors.get(place, 0)) is not None:
+                after, names = self._scan(cursor, options)
+                self._cursors[place] = after or None
+                if not after and node is nodes[-1]:
+                    self._cursors, self.walked = {}, True
+                    yield names
+                    return
+                yield names
+
+    def _scan(self, cursor: int, options: dict[str, Any]) -> tuple[int, list[bytes]]:
+        after, names = _translated(lambda: self._client.scan(cursor, count=PAGE, _type="list", **options))
+        # A Cluster's client tells the cursor by node, and one node was asked.
+        return (next(iter(after.values())) if self._cluster else after), names
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def pages(items: Iterable[_T]) -> Iterator[list[_T]]:
+    """Cut into lists of at most `PAGE`."""
+    iterator = iter(items)
+    while page := list(islice(iterator, PAGE)):
+        yield page
+
+
+def _translated(action: Callable[[], _T]) -> _T:
+    try:
+        return action()
+    except RedisError as error:
+        raise _translate(error) from error
+
+
+def _translate(error: Exception) -> Exception:
+    # Inside a script or a transaction the error arrives as text.
+    if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM command" in str(error)):
+        return BufferFullError("Redis is out of memory (maxmemory reached); nothing was stored, try again later")
+    if isinstance(error, _UNAVAILABLE) or "MISCONF" in str(error):
+        return BufferUnavailableError(f"Redis does not take the request: {error}")
+    return error
