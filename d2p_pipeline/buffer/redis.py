@@ -32,7 +32,7 @@ Plan = tuple[tuple[int, int], ...]
 
 _KEEP_STRAYS = 7 * 24 * 3600
 """Seconds that the announcements of a batch outlive it where its attempts announced different files."""
-FIRST_PASS_MS = 1000
+FIRST_PASS_MS = 5000
 """What `reconcile` may cost until it has seen every name once."""
 
 

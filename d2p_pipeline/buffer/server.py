@@ -29,6 +29,8 @@ _T = TypeVar("_T")
 
 PAGE = 1000
 """Members, names or commands per round trip of whatever goes through many of them."""
+_STEP = 250
+"""Names per step of a walk that somebody counts the milliseconds of."""
 
 _SCRIPTS = {path.stem: path.read_text() for path in (Path(__file__).parent / "scripts").glob("*.lua")}
 _UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, ClusterDownError)
@@ -109,7 +111,7 @@ class Server:
                 yield names
 
     def _scan(self, cursor: int, options: dict[str, Any]) -> tuple[int, list[bytes]]:
-        after, names = _translated(lambda: self._client.scan(cursor, count=PAGE, _type="list", **options))
+        after, names = _translated(lambda: self._client.scan(cursor, count=_STEP, _type="list", **options))
         # A Cluster's client tells the cursor by node, and one node was asked.
         return (next(iter(after.values())) if self._cluster else after), names
 

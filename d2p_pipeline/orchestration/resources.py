@@ -20,6 +20,13 @@ from d2p_pipeline.delivery import Announced, Delivered, ParquetFile, Rows, Text,
 from d2p_pipeline.settings import Settings, load
 
 
+class _Threads(ThreadPoolExecutor):
+    """Threads that a run does not wait for at its end: what they still prepare, nobody asks for."""
+
+    def close(self) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+
+
 class DeliveryResource(dg.ConfigurableResource):
     """Settings come from `D2P_CONFIG` and the `D2P_*` environment, as everywhere."""
 
@@ -43,7 +50,7 @@ class DeliveryResource(dg.ConfigurableResource):
         self._buffer, self._began = buffer, time.monotonic()
         with (
             contextlib.closing(buffer),
-            ThreadPoolExecutor(self.jobs, "d2p-unit") as self._pool,
+            contextlib.closing(_Threads(self.jobs, "d2p-unit")) as self._pool,
             Leases(buffer, owner, int(settings.redis_lock_ttl * 1000)) as self._leases,
         ):
             yield self

@@ -26,7 +26,7 @@ from d2p_pipeline.settings import Settings, load
 
 TICK_SECONDS = 5
 DUE_PER_TICK = 10_000
-RECONCILE_MS = 10
+RECONCILE_MS = 5
 """What a tick spends on finding what no index knows."""
 LOOK_AGAIN_MS = 20_000
 """When a batch is looked at again after a run was asked for; doubles with each run asked for in vain."""
@@ -109,9 +109,10 @@ def tick(context: dg.SensorEvaluationContext, buffer: Buffer, settings: Settings
 def unheld(instance: dg.DagsterInstance, buffer: Buffer, queue: Sequence[dg.DagsterRun]) -> list[Batch]:
     """Due batches that no run works on or is about to: fresh ones, and those whose run came to nothing."""
     batches = buffer.due_batches(buffer.now(), DUE_PER_TICK)
-    taken = buffer.claimed([batch.ref for batch in batches])
-    for run in (*queue, *_runs(instance, _STARTED, START_SECONDS)):
-        taken |= _batches_of(run)
+    taken = buffer.claimed([batch.ref for batch in batches]).union(*map(_batches_of, queue))
+    # A run that has started claims soon; one whose claim ended is lost, whatever Dagster still believes.
+    about_to = set[BatchRef]().union(*map(_batches_of, _runs(instance, _STARTED, START_SECONDS)))
+    taken |= {batch.ref for batch in batches if batch.ref in about_to and batch.token < batch.requests}
     later = buffer.now() + LOOK_AGAIN_MS
     buffer.postpone({batch.ref: later for batch in batches if batch.ref in taken})
     return [batch for batch in batches if batch.ref not in taken]
