@@ -511,11 +511,14 @@ class Settings(BaseSettings):
     """Seconds a receive call waits for messages."""
     sqs_visibility: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=10, le=43200)] = 60
     """Seconds a received message is hidden from others; extended as long as it waits for the buffer."""
-    sqs_window: Seconds = 3600.0
+    sqs_window: Seconds = 900.0
     """How long a message that is delivered again is recognised by its id, in seconds."""
     sqs_unwrap: Unwraps = ()
     """What is around the records: `sns` for messages of an SNS topic, `s3` for S3 events, whose objects are read; both for S3
     events over SNS."""
+
+    metrics_port: Port | None = None
+    """Port on which `d2p forward` and `d2p sqs` show their own metrics, at `address`; the receiver has its route."""
 
     dagster_port: Port = 3000
     """Port of the Dagster webserver."""
@@ -853,6 +856,9 @@ def _conflicts(settings: Settings) -> Iterator[tuple[set[str], Problem]]:
     if settings.tls_client_ca is not None and settings.tls_cert is None:
         yield {"tls_client_ca", "tls_cert"}, Problem("tls_cert", None, "is required with tls_client_ca")
     yield from _forward_conflicts(settings)
+    if settings.sqs_window < 2 * settings.sqs_visibility:
+        problem = Problem("sqs_window", f"{settings.sqs_window:g}", "should be at least twice sqs_visibility")
+        yield {"sqs_window", "sqs_visibility"}, problem
     if settings.sqs_min_pollers > settings.sqs_max_pollers:
         problem = Problem("sqs_min_pollers", str(settings.sqs_min_pollers), "is more than sqs_max_pollers")
         yield {"sqs_min_pollers", "sqs_max_pollers"}, problem

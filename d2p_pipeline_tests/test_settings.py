@@ -218,8 +218,9 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "sqs_min_pollers": st.integers(1, 3),
     "sqs_max_pollers": st.integers(3, 10**6),
     "sqs_wait": st.integers(0, 20),
-    "sqs_visibility": st.integers(10, 43200),
-    "sqs_window": seconds,
+    "sqs_visibility": st.integers(10, 400),
+    "sqs_window": st.integers(800, 10**6),
+    "metrics_port": st.integers(1, 65535),
     "sqs_unwrap": st.lists(st.sampled_from(["sns", "s3"]), min_size=1, max_size=2),
     "dagster_port": st.integers(1, 65535),
     "dagster_postgres_url": st.sampled_from(

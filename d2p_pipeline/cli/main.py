@@ -15,6 +15,7 @@ from d2p_pipeline.cli.dlq import app as dlq
 from d2p_pipeline.cli.forward import forward
 from d2p_pipeline.cli.generate import generate
 from d2p_pipeline.cli.receive import receive
+from d2p_pipeline.cli.sqs import sqs
 from d2p_pipeline.cli.status import status
 from d2p_pipeline.cli.up import up
 from d2p_pipeline.cli.verify import verify
@@ -33,7 +34,7 @@ def root(version: bool = typer.Option(False, "--version", callback=_version, is_
     del version
 
 
-for command in (up, demo, receive, forward, convert, generate, status, verify, config):
+for command in (up, demo, receive, forward, sqs, convert, generate, status, verify, config):
     app.command()(command)
 app.add_typer(dlq, name="dlq")
 

@@ -226,6 +226,8 @@ class Counts:
     """Chunks left unacknowledged because the buffer took nothing."""
     broken: int = 0
     """Connections ended because of what their peer sent, or failed to send."""
+    connected: int = 0
+    """Connections now."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,7 @@ class Forward:
             return
         self._connections.add(task)
         self.counts.connections += 1
+        self.counts.connected += 1
         try:
             await self._serve(reader, writer)
         except (ForwardError, TimeoutError) as error:
@@ -304,6 +307,7 @@ class Forward:
             log.warning("%s: connection closed, its chunk is not acknowledged: %s", peer, error)
         finally:
             self._connections.discard(task)
+            self.counts.connected -= 1
             writer.close()
             with contextlib.suppress(OSError):
                 await asyncio.wait_for(writer.wait_closed(), HANDSHAKE_SECONDS)

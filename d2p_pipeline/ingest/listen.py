@@ -9,6 +9,7 @@ import uvloop
 
 from d2p_pipeline import wiring
 from d2p_pipeline.ingest.commit import GroupCommit
+from d2p_pipeline.ingest.counts import Counted, expose
 from d2p_pipeline.ingest.fluent import Completion
 from d2p_pipeline.ingest.forward import Conversion, Credentials, Forward
 from d2p_pipeline.ingest.intake import Intake
@@ -53,6 +54,8 @@ async def _listen(settings: Settings) -> int:
         log.error("cannot listen on %s:%d: %s", address, port, error)  # noqa: TRY400  # the reason is the whole story
         return 1
     log.info("Forward listener on %s:%d%s", address, port, " (TLS)" if settings.forward_tls else "")
+    if settings.metrics_port is not None:
+        expose(Counted("forward", listener.counts, gauges=("connected",)), settings.address, settings.metrics_port)
     await stop.wait()
     await listener.stop()
     await commit.close()
