@@ -50,15 +50,16 @@ def binary() -> str:
 
 
 class EmbeddedRedis:
-    """The server under `directory`; `durable=False` keeps everything in memory only.
+    """The server under `directory`; `durable=False` keeps everything in memory only. `server`: another binary than ours.
 
     >>> with EmbeddedRedis(Path(".d2p/redis")) as server:
     ...     print(server.url)
     """
 
-    def __init__(self, directory: Path, *, durable: bool = True) -> None:
+    def __init__(self, directory: Path, *, durable: bool = True, server: str | None = None) -> None:
         self._directory = directory.absolute()
         self._durable = durable
+        self._server = server
         self._lock: IO[str] | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self._socket = socket_path(self._directory / "redis.sock")
@@ -89,7 +90,15 @@ class EmbeddedRedis:
         return self
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
-        command = [binary(), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"]
+        command = [
+            self._server or binary(),
+            "--port",
+            "0",
+            "--unixsocket",
+            str(self._socket),
+            "--unixsocketperm",
+            "700",
+        ]
         command += ["--dir", str(self._directory), "--save", "", "--maxmemory-policy", "noeviction"]
         command += ["--appendonly", "yes" if self._durable else "no", "--appendfsync", "always"]
         command += ["--logfile", str(self._directory / "redis.log")]
