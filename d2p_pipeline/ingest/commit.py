@@ -27,6 +27,10 @@ CHUNK_BYTES = 1 << 20
 """Raw bytes after which a key's lines go on in another chunk, so that units can be cut evenly."""
 GROUP_BYTES = 8 << 20
 """Raw bytes after which a group takes no further request, so that small requests do not wait for many large ones."""
+COMMITS = 2
+"""Commits under way at a time: while Redis works on one, the next one is prepared."""
+WORTH = 8
+"""Waiting requests that are worth a commit beside the one that is under way."""
 
 
 class Packed(NamedTuple):
@@ -93,10 +97,10 @@ class GroupCommit:
         self._pressure = pressure
         self._observe = observe
         self._waiting: deque[tuple[Request, asyncio.Future[None]]] = deque()
-        self._running: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "d2p-commit")
+        self._running: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(COMMITS, "d2p-commit")
         self._producer = os.urandom(8).hex()
-        self._sequence = 0
+        self._sequence = count()
 
     async def store(self, request: Request) -> None:
         """Return when the buffer has the whole request; raises what the buffer raises, with nothing of it stored."""
@@ -104,8 +108,10 @@ class GroupCommit:
             await self._pressure.admit(request)
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((request, done))
-        if self._running is None:
-            self._running = asyncio.create_task(self._commit_all())
+        if not self._running or (len(self._running) < COMMITS and len(self._waiting) >= WORTH):
+            task = asyncio.create_task(self._commit_all())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
         await done
         if self._pressure:
             self._pressure.added(request.sizes())
@@ -116,7 +122,7 @@ class GroupCommit:
         while self._waiting:
             group = self._group()
             started = time.perf_counter()
-            commit = loop.run_in_executor(self._thread, self._commit, [request for request, _ in group])
+            commit = loop.run_in_executor(self._threads, self._commit, [request for request, _ in group])
             [outcome] = await asyncio.gather(commit, return_exceptions=True)
             self._observe(len(group), time.perf_counter() - started, outcome is not None)
             for _, done in group:
@@ -126,7 +132,6 @@ class GroupCommit:
                     done.set_result(None)
                 else:
                     done.set_exception(outcome)
-        self._running = None
 
     def _group(self) -> list[tuple[Request, "asyncio.Future[None]"]]:
         group: list[tuple[Request, asyncio.Future[None]]] = []
@@ -137,15 +142,14 @@ class GroupCommit:
         return group
 
     def _commit(self, requests: Sequence[Request]) -> None:
-        self._sequence += 1
-        name = f"{self._producer}-{self._sequence}"
+        name = f"{self._producer}-{next(self._sequence)}"
         self._buffer.push(list(pushes(requests, name, self._window, keep_dead_letters=self._keep_dead_letters)))
 
     async def close(self) -> None:
         """Finish what waits."""
-        if self._running:
-            await self._running
-        self._thread.shutdown()
+        while self._running:
+            await asyncio.wait(self._running)
+        self._threads.shutdown()
 
 
 def pushes(requests: Sequence[Request], name: str, window: int, *, keep_dead_letters: bool) -> Iterator[Push]:
