@@ -9,11 +9,12 @@ check `books_balance` read them here.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from d2p_pipeline.buffer.protocol import Batch, Buffer, Totals
+from d2p_pipeline.buffer.protocol import Batch, Buffer, Deliveries, Totals
 
 LOOKS = 5
 """Looks at the books before a difference is believed."""
 _NONE = Totals(0, 0, 0)
+_NO_DELIVERIES = Deliveries()
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Book:
     """One key's. Sizes are raw bytes, `oldest` the time (ms) at which the oldest waiting record came, 0 for none."""
 
     totals: Totals = _NONE
+    deliveries: Deliveries = _NO_DELIVERIES
     buffered: int = 0
     buffered_bytes: int = 0
     counted: int = 0
@@ -41,7 +43,7 @@ class Book:
     @property
     def difference(self) -> int:
         """Accepted records that are nowhere; negative: too many."""
-        if self.foreign or self.totals is _NONE:
+        if self.foreign:
             return 0
         known = self.totals.rows + self.totals.dead_letters + self.totals.discarded
         return self.totals.accepted - known - self.counted - self.in_batches - self.in_recovery
@@ -91,6 +93,8 @@ def read(buffer: Buffer) -> Books:
     books = waiting(buffer)
     for key, totals in buffer.totals():
         books.of(key).totals = totals
+    for key, deliveries in buffer.deliveries():
+        books.of(key).deliveries = deliveries
     return books
 
 

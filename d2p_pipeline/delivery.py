@@ -293,6 +293,7 @@ def acknowledge(
                 rows=table.num_rows,
                 rejected=len(letters) + dropped,
                 dead_letters=_stored(part, letters) if keep_dead_letters else [],
+                files=[file.size for file in files],
             )
         except ClaimLostError as error:
             lost = error

@@ -16,6 +16,7 @@ from d2p_pipeline.buffer.protocol import (
     BufferState,
     Claim,
     ClaimLostError,
+    Deliveries,
     Push,
     Seal,
     Totals,
@@ -54,6 +55,7 @@ class MemoryBuffer:
         self._sealed: dict[BatchRef, _Sealed] = {}
         self._dead_letters: dict[str, list[bytes]] = {}
         self._totals: dict[str, Totals] = {}
+        self._deliveries: dict[str, Deliveries] = {}
         self._pushed: dict[tuple[str, str], int] = {}
         self._attended: dict[str, int] = {}
 
@@ -164,6 +166,9 @@ class MemoryBuffer:
             dead_letters=0,
         )
         self._sealed[ref] = _Sealed(batch, waiting.chunks, now + look_in)
+        old = self._deliveries.get(seal.key, Deliveries())
+        sealed = {**old.sealed, seal.reason: old.sealed.get(seal.reason, 0) + 1}
+        self._deliveries[seal.key] = msgspec.structs.replace(old, sealed=sealed)
         return batch
 
     def batch(self, ref: BatchRef) -> Batch | None:
@@ -231,6 +236,8 @@ class MemoryBuffer:
                 or claim.token == sealed.batch.failed_token
             ):
                 return 0
+            old = self._deliveries.get(claim.batch.key, Deliveries())
+            self._deliveries[claim.batch.key] = msgspec.structs.replace(old, failures=old.failures + 1)
             sealed.batch = msgspec.structs.replace(
                 sealed.batch,
                 state="recovery",
@@ -290,7 +297,15 @@ class MemoryBuffer:
             return sealed.files.get(unit) if sealed else None
 
     def acknowledge(
-        self, claim: Claim, unit: int, *, units: int, rows: int, rejected: int = 0, dead_letters: Sequence[bytes] = ()
+        self,
+        claim: Claim,
+        unit: int,
+        *,
+        units: int,
+        rows: int,
+        rejected: int = 0,
+        dead_letters: Sequence[bytes] = (),
+        files: Sequence[int] = (),
     ) -> Literal["complete", "marked", "repeated"]:
         with self._lock:
             sealed = self._sealed.get(claim.batch)
@@ -307,6 +322,14 @@ class MemoryBuffer:
             )
             self._dead_letters.setdefault(claim.batch.key, []).extend(dead_letters)
             self._count(claim.batch.key, rows=rows, dead_letters=rejected)
+            old = self._deliveries.get(batch.key, Deliveries())
+            self._deliveries[batch.key] = msgspec.structs.replace(
+                old,
+                files=old.files + len(files),
+                file_bytes=old.file_bytes + sum(files),
+                units=old.units + 1,
+                delivery_ms=old.delivery_ms + self.now() - batch.sealed_at,
+            )
             if len(sealed.batch.units_done) < units:
                 return "marked"
             sealed.batch = msgspec.structs.replace(sealed.batch, state="done")
@@ -339,6 +362,10 @@ class MemoryBuffer:
     def totals(self) -> Iterator[tuple[str, Totals]]:
         with self._lock:
             return iter(list(self._totals.items()))
+
+    def deliveries(self) -> Iterator[tuple[str, Deliveries]]:
+        with self._lock:
+            return iter(list(self._deliveries.items()))
 
     def reconcile(self, budget_ms: int) -> int:
         del budget_ms

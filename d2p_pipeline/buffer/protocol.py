@@ -109,22 +109,25 @@ class Announcement(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What became of a key's records: accepted = rows + dead_letters + discarded + what still waits.
-
-    And what it took: files and units written, milliseconds from seal to acknowledgement added up over the units, batches that
-    failed, batches sealed by reason.
-    """
+    """What became of a key's records: accepted = rows + dead_letters + discarded + what still waits."""
 
     accepted: int
     rows: int
     dead_letters: int
     discarded: int = 0
+
+
+class Deliveries(msgspec.Struct, frozen=True):
+    """What a key's deliveries came to. `delivery_ms`: from seal to acknowledgement, added up over the units."""
+
     files: int = 0
     file_bytes: int = 0
     units: int = 0
     delivery_ms: int = 0
     failures: int = 0
+    """How often a batch went into recovery."""
     sealed: dict[str, int] = {}
+    """Batches by the reason they were sealed for."""
 
 
 class ClaimLostError(Exception):
@@ -259,9 +262,17 @@ class Buffer(Protocol):
         ...
 
     def acknowledge(
-        self, claim: Claim, unit: int, *, units: int, rows: int, rejected: int = 0, dead_letters: Sequence[bytes] = ()
+        self,
+        claim: Claim,
+        unit: int,
+        *,
+        units: int,
+        rows: int,
+        rejected: int = 0,
+        dead_letters: Sequence[bytes] = (),
+        files: Sequence[int] = (),
     ) -> Literal["complete", "marked", "repeated"]:
-        """Mark a unit of `units` delivered; raises `ClaimLostError`."""
+        """Mark a unit of `units` delivered, in files of these sizes; raises `ClaimLostError`."""
         ...
 
     def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
@@ -278,6 +289,10 @@ class Buffer(Protocol):
 
     def totals(self) -> Iterator[tuple[str, Totals]]:
         """Every key ever seen, with its totals."""
+        ...
+
+    def deliveries(self) -> Iterator[tuple[str, Deliveries]]:
+        """Every key ever seen, with what its deliveries came to."""
         ...
 
     def reconcile(self, budget_ms: int) -> int:

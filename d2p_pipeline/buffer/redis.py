@@ -21,6 +21,7 @@ from d2p_pipeline.buffer.protocol import (
     BufferState,
     Claim,
     ClaimLostError,
+    Deliveries,
     Push,
     Seal,
     State,
@@ -163,6 +164,7 @@ class RedisBuffer:
                         of("stats", seal.key),
                         of("batch", seal.key, seal.batch_id),
                         of("batch-meta", seal.key, seal.batch_id),
+                        of("totals", seal.key),
                     ],
                     [seal.reason],
                 )
@@ -229,6 +231,7 @@ class RedisBuffer:
 
     def fail(self, claim: Claim, error: str) -> int:
         keys = [self._names.of("batch-meta", *claim.batch), self._names.of(self._names.lock, *claim.batch)]
+        keys.append(self._names.of("totals", claim.batch.key))
         [failures] = self._run([Call("fail", keys, [claim.token, error])])
         if failures:
             self.retry_at(claim.batch, None)
@@ -274,12 +277,20 @@ class RedisBuffer:
         return None if files is None else msgspec.json.decode(files, type=dict[str, str])
 
     def acknowledge(
-        self, claim: Claim, unit: int, *, units: int, rows: int, rejected: int = 0, dead_letters: Sequence[bytes] = ()
+        self,
+        claim: Claim,
+        unit: int,
+        *,
+        units: int,
+        rows: int,
+        rejected: int = 0,
+        dead_letters: Sequence[bytes] = (),
+        files: Sequence[int] = (),
     ) -> Literal["complete", "marked", "repeated"]:
         of, ref = self._names.of, claim.batch
         keys = [of("batch-meta", *ref), of("batch", *ref), of(self._names.lock, *ref)]
         keys += [of(self._names.dlq, ref.key), of("totals", ref.key)]
-        args = [claim.token, unit, units, rows, rejected, *dead_letters]
+        args = [claim.token, unit, units, rows, rejected, len(files), sum(files), *dead_letters]
         [reply] = self._run([Call("acknowledge", keys, args)])
         answer = _text(reply)
         if answer == "stale":
@@ -299,14 +310,25 @@ class RedisBuffer:
         return removed
 
     def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
-        for key, name in self._keys_of(self._names.dlq):
-            yield key, self._one("LLEN", name)
+        yield from self._values_of(self._names.dlq, "LLEN")
 
     def totals(self) -> Iterator[tuple[str, Totals]]:
-        for key, name in self._keys_of("totals"):
-            values = self._one("HMGET", name, "accepted", "rows", "dead_letters", "discarded")
+        for key, values in self._values_of("totals", "HMGET", "accepted", "rows", "dead_letters", "discarded"):
             accepted, rows, dead_letters, discarded = (int(value or 0) for value in values)
             yield key, Totals(accepted, rows, dead_letters, discarded)
+
+    def deliveries(self) -> Iterator[tuple[str, Deliveries]]:
+        for key, values in self._values_of("totals", "HGETALL"):
+            found = {_text(name): int(value) for name, value in values.items()}
+            sealed = {name[7:]: value for name, value in found.items() if name.startswith("sealed:")}
+            numbers = [found.get(name, 0) for name in ("files", "file_bytes", "units", "delivery_ms", "failures")]
+            yield key, Deliveries(*numbers, sealed=sealed)
+
+    def _values_of(self, prefix: str, command: str, *args: str) -> Iterator[tuple[str, Any]]:
+        """A command's reply for every key that has something under a prefix, a page per round trip."""
+        for page in pages(self._keys_of(prefix)):
+            replies = self._run([Call(command, None, [name, *args]) for _, name in page])
+            yield from zip((key for key, _ in page), replies, strict=True)
 
     def _keys_of(self, prefix: str) -> Iterator[tuple[str, bytes]]:
         for name in self._server.names(f"{_glob(prefix)}:{{*"):

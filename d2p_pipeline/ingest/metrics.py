@@ -182,23 +182,25 @@ def _delivered(found: books.Books, lost: dict[str, int]) -> Iterator[Metric]:
         "Accepted records that are nowhere, and records that nobody accepted; anything but 0 is a defect.",
         sum(map(abs, lost.values())),
     )
-    yield CounterMetricFamily("d2p_files", "Files written.", sum(book.totals.files for book in every))
-    yield CounterMetricFamily("d2p_file_bytes", "Bytes of the files written.", sum(b.totals.file_bytes for b in every))
+    yield CounterMetricFamily("d2p_files", "Files written.", sum(book.deliveries.files for book in every))
+    yield CounterMetricFamily(
+        "d2p_file_bytes", "Bytes of the files written.", sum(b.deliveries.file_bytes for b in every)
+    )
     yield CounterMetricFamily("d2p_rows", "Rows written.", places["rows"])
-    yield CounterMetricFamily("d2p_units", "Units delivered.", sum(book.totals.units for book in every))
+    yield CounterMetricFamily("d2p_units", "Units delivered.", sum(book.deliveries.units for book in every))
     yield CounterMetricFamily(
         "d2p_delivery_seconds",
         "Seconds from the seal of a batch to the acknowledgement of a unit, added up over the units.",
-        sum(book.totals.delivery_ms for book in every) / 1000,
+        sum(book.deliveries.delivery_ms for book in every) / 1000,
     )
     sealed = CounterMetricFamily("d2p_sealed_batches", "Batches sealed, by reason.", labels=["reason"])
     reasons: dict[str, int] = {}
     for book in every:
-        for reason, number in book.totals.sealed.items():
+        for reason, number in book.deliveries.sealed.items():
             reasons[reason] = reasons.get(reason, 0) + number
     for reason in sorted(reasons):
         sealed.add_metric([reason], reasons[reason])
     yield sealed
     yield CounterMetricFamily(
-        "d2p_failures", "Times a batch went into recovery.", sum(book.totals.failures for book in every)
+        "d2p_failures", "Times a batch went into recovery.", sum(book.deliveries.failures for book in every)
     )

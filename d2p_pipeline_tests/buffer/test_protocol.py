@@ -274,3 +274,20 @@ def test_a_run_that_lost_its_claim_cannot_fail_the_batch(buffer: Buffer) -> None
     found = buffer.batch(ref)
     assert found
     assert (found.state, found.failures) == ("open", 0)
+
+
+def test_what_deliveries_came_to_is_counted_once(buffer: Buffer) -> None:
+    buffer.push([Push("k", "1", 60, b"chunk", 1, 5)])
+    [batch] = buffer.seal([Seal("k", "B1", "age")])
+    buffer.seal([Seal("k", "B1", "age")])
+    claim = buffer.claim(batch.ref, "run", 60_000)
+    assert claim
+    buffer.fail(claim, "disk full")
+    again = buffer.claim(batch.ref, "next run", 60_000)
+    assert again
+    for _ in range(2):
+        buffer.acknowledge(again, 0, units=1, rows=1, files=[100, 50])
+    [(key, found)] = buffer.deliveries()
+    assert (key, found.files, found.file_bytes, found.units, found.failures) == ("k", 2, 150, 1, 1)
+    assert found.sealed == {"age": 1}
+    assert 0 <= found.delivery_ms < 60_000

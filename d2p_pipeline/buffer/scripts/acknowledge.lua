@@ -4,9 +4,9 @@
 --       2 batch   list    its chunks
 --       3 lock    string  the lease
 --       4 dlq     list    dead letters
---       5 totals  hash    what this key ever accepted, wrote and rejected
+--       5 totals  hash    what this key ever accepted, wrote and rejected, and how
 -- ARGV  1 fencing token   2 unit number   3 units in the plan   4 rows in the unit's files
---       5 rejected records   6.. their dead letters, where they are kept
+--       5 rejected records   6 files   7 their bytes   8.. the dead letters, where they are kept
 -- Returns 'complete' (that was the last unit), 'marked', 'repeated' (marked or complete before: nothing changes now) or
 -- 'stale' (another run has taken the batch since).
 --
@@ -23,7 +23,7 @@ end
 
 redis.call('HDEL', KEYS[1], unit)
 local dead = ARGV[5]
-for i = 6, #ARGV do
+for i = 8, #ARGV do
   redis.call('RPUSH', KEYS[4], ARGV[i])
 end
 redis.call('HSET', KEYS[1], unit, ARGV[4] .. ' rows, ' .. dead .. ' dead letters')
@@ -31,6 +31,12 @@ local rows = redis.call('HINCRBY', KEYS[1], 'rows', ARGV[4])
 local dead_letters = redis.call('HINCRBY', KEYS[1], 'dead_letters', dead)
 redis.call('HINCRBY', KEYS[5], 'rows', ARGV[4])
 redis.call('HINCRBY', KEYS[5], 'dead_letters', dead)
+redis.call('HINCRBY', KEYS[5], 'files', ARGV[6])
+redis.call('HINCRBY', KEYS[5], 'file_bytes', ARGV[7])
+redis.call('HINCRBY', KEYS[5], 'units', 1)
+local time = redis.call('TIME')
+local sealed_at = tonumber(redis.call('HGET', KEYS[1], 'sealed_at'))
+redis.call('HINCRBY', KEYS[5], 'delivery_ms', math.max(0, time[1] * 1000 + math.floor(time[2] / 1000) - sealed_at))
 if redis.call('HINCRBY', KEYS[1], 'units_done', 1) < tonumber(ARGV[3]) then
   return 'marked'
 end

@@ -2,6 +2,7 @@
 --
 -- KEYS  1 meta  hash    the batch
 --       2 lock  string  the lease
+--       3 totals  hash  what this key ever accepted, wrote and rejected, and how
 -- ARGV  1 fencing token   2 what went wrong
 -- Returns how often the batch has failed now, or 0 when it is not this token's to fail (stale, delivered, or failed already).
 --
@@ -16,4 +17,5 @@ local time = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'state', 'recovery', 'error', ARGV[2], 'failed_token', ARGV[1],
   'failed_at', time[1] * 1000 + math.floor(time[2] / 1000))
 redis.call('DEL', KEYS[2])
+redis.call('HINCRBY', KEYS[3], 'failures', 1)
 return redis.call('HINCRBY', KEYS[1], 'failures', 1)

@@ -4,6 +4,7 @@
 --       2 stats  hash  its counts
 --       3 batch  list  the batch's chunks; must not exist
 --       4 meta   hash  what is known of the batch; outlives it for an hour, so a late second arrival finds the id used
+--       5 totals  hash  what this key ever accepted, wrote and rejected, and how
 -- ARGV  1 why the buffer is sealed
 -- Returns 1 when the batch exists or existed, 0 when the buffer is empty.
 --
@@ -23,6 +24,7 @@ end
 redis.call('RENAME', KEYS[1], KEYS[3])
 local stats = redis.call('HMGET', KEYS[2], 'records', 'bytes', 'chunks', 'first')
 redis.call('DEL', KEYS[2])
+redis.call('HINCRBY', KEYS[5], 'sealed:' .. ARGV[1], 1)
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('HSET', KEYS[4],
