@@ -29,8 +29,8 @@ GROUP_BYTES = 8 << 20
 """Raw bytes after which a group takes no further request, so that small requests do not wait for many large ones."""
 COMMITS = 2
 """Commits under way at a time: while Redis works on one, the next one is prepared."""
-WORTH = 8
-"""Waiting requests that are worth a commit beside the one that is under way."""
+LONGEST_PATIENCE = 0.002
+"""Seconds that a request may wait for others to share its commit, however long commits take."""
 
 
 class Packed(NamedTuple):
@@ -98,6 +98,10 @@ class GroupCommit:
         self._observe = observe
         self._waiting: deque[tuple[Request, asyncio.Future[None]]] = deque()
         self._running: set[asyncio.Task[None]] = set()
+        self._under_way = 0
+        self._concurrency = 1.0
+        self._seconds = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._threads = ThreadPoolExecutor(COMMITS, "d2p-commit")
         self._producer = os.urandom(8).hex()
         self._sequence = count()
@@ -108,30 +112,61 @@ class GroupCommit:
             await self._pressure.admit(request)
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((request, done))
-        if not self._running or (len(self._running) < COMMITS and len(self._waiting) >= WORTH):
-            task = asyncio.create_task(self._commit_all())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+        if len(self._running) < COMMITS:
+            self._start_if_worth()
         await done
         if self._pressure:
             self._pressure.added(request.sizes())
 
-    async def _commit_all(self) -> None:
-        loop = asyncio.get_running_loop()
+    def _start_if_worth(self) -> None:
+        """Begin a commit when about half of those who are to be expected wait, or none is under way and nobody comes soon.
+
+        Without this, the first to come back after a commit would get one of its own, for which all others had to wait.
+        """
+        if len(self._waiting) * 2 >= self._concurrency:
+            self._start()
+        elif self._timer is None and not self._running:
+            patience = min(self._seconds / 2, LONGEST_PATIENCE)
+            self._timer = asyncio.get_running_loop().call_later(patience, self._start)
+
+    def _start(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting and len(self._running) < COMMITS:
+            task = asyncio.create_task(self._commit_one())
+            self._running.add(task)
+
+    async def _commit_one(self) -> None:
         await asyncio.sleep(0)  # let every request of this turn join
-        while self._waiting:
-            group = self._group()
-            started = time.perf_counter()
-            commit = loop.run_in_executor(self._threads, self._commit, [request for request, _ in group])
-            [outcome] = await asyncio.gather(commit, return_exceptions=True)
-            self._observe(len(group), time.perf_counter() - started, outcome is not None)
-            for _, done in group:
-                if done.done():  # its client went away
-                    continue
-                if outcome is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(outcome)
+        group = self._group()
+        if not group:  # another commit took them
+            self._ended()
+            return
+        self._under_way += len(group)
+        self._concurrency = max(self._under_way + len(self._waiting), self._concurrency * 0.8)
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        commit = loop.run_in_executor(self._threads, self._commit, [request for request, _ in group])
+        [outcome] = await asyncio.gather(commit, return_exceptions=True)
+        self._seconds = time.perf_counter() - started
+        self._under_way -= len(group)
+        self._observe(len(group), self._seconds, outcome is not None)
+        for _, done in group:
+            if done.done():  # its client went away
+                continue
+            if outcome is None:
+                done.set_result(None)
+            else:
+                done.set_exception(outcome)
+        self._ended()
+
+    def _ended(self) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._running.discard(task)
+        if self._waiting:
+            self._start_if_worth()
 
     def _group(self) -> list[tuple[Request, "asyncio.Future[None]"]]:
         group: list[tuple[Request, asyncio.Future[None]]] = []
@@ -147,7 +182,8 @@ class GroupCommit:
 
     async def close(self) -> None:
         """Finish what waits."""
-        while self._running:
+        while self._waiting or self._running:
+            self._start()
             await asyncio.wait(self._running)
         self._threads.shutdown()
 
