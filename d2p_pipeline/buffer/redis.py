@@ -8,7 +8,7 @@ what they miss because a process died in between, or because a foreign producer 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import msgspec
 from redis.exceptions import RedisError
