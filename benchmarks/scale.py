@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale tick       10,000 keys with 1,000 due; 100,000 idle buffers; a cold start with 100,000
     python -m benchmarks.scale deliver    10,000 keys with 1,000 due, delivered by real run processes, two at a time
+    python -m benchmarks.scale budget     one flush of 1,000 records, by phase, in a fresh process and in a warm one
     python -m benchmarks.scale backlog    a backlog of several keys, drained by real run processes, beside the engine alone
 
 Redis is the embedded server, without persistence; ticks go through Dagster's own evaluation of the sensor. Nothing is asserted
@@ -31,13 +32,15 @@ _TICKS = 9
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("what", choices=["tick", "deliver", "backlog"])
+    parser.add_argument("what", choices=["tick", "deliver", "budget", "backlog"])
     parser.add_argument("--records", type=int, default=1_000_000, help="records of the backlog (%(default)s)")
     parser.add_argument("--keys", type=int, default=8, help="keys of the backlog (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time (%(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        figures = {"tick": _tick, "deliver": _deliver, "backlog": _backlog}[options.what](Path(directory), options)
+        figures = {"tick": _tick, "deliver": _deliver, "budget": _budget, "backlog": _backlog}[options.what](
+            Path(directory), options
+        )
     print(json.dumps(figures, indent=2))
 
 
@@ -206,6 +209,14 @@ def _backlog(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     figures["engine alone (d2p convert), records/s"] = round(data.count / engine.wall)
     figures["drain ÷ engine"] = round(figures["drained, records/s"] / (data.count / engine.wall), 2)
     return figures
+
+
+def _budget(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    del options
+    with _system(directory):
+        cost = run(Contender("budget", [sys.executable, "-m", "benchmarks.scale_budget"]))
+    assert cost
+    return cost.said
 
 
 def _fill(key: str, records: int, start: int) -> None:

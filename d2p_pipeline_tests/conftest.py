@@ -15,7 +15,12 @@ from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Buffer
 from d2p_pipeline.buffer.redis import RedisBuffer
 
-pytest_plugins = ["d2p_pipeline_tests.pipeline", "d2p_pipeline_tests.receiving", "d2p_pipeline_tests.system"]
+pytest_plugins = [
+    "d2p_pipeline_tests.pipeline",
+    "d2p_pipeline_tests.receiving",
+    "d2p_pipeline_tests.redis_servers",
+    "d2p_pipeline_tests.system",
+]
 
 # How long an example takes says nothing on a machine that does other things too.
 settings.register_profile("d2p", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -93,18 +93,28 @@ def _info(client: Client) -> dict[str, Any]:
 
 
 def _persistence_warnings(client: Client, info: dict[str, Any], shown: str) -> list[str]:
+    warnings: list[str] = []
+    if info.get("connected_slaves") and _configured(client, "min-replicas-to-write") == "0":
+        warnings.append(
+            f"{shown}: a replica that takes over may lack the last writes (`CONFIG SET min-replicas-to-write 1` bounds what a "
+            "master that was cut off still accepts; see docs/scaling.md)"
+        )
     if not info.get("aof_enabled"):
-        return [
+        warnings.append(
             f"{shown}: append-only persistence is off; a crash of Redis loses every buffered record since the last snapshot "
             "(`CONFIG SET appendonly yes`)"
-        ]
+        )
+    elif (fsync := _configured(client, "appendfsync")) not in ("always", None):
+        warnings.append(
+            f"{shown}: appendfsync is {fsync}; a power failure loses up to the last second's records "
+            "(`CONFIG SET appendfsync always`; a crash of the Redis process alone loses nothing)"
+        )
+    return warnings
+
+
+def _configured(client: Client, name: str) -> str | None:
+    """An option of the server; None where a managed service keeps it to itself."""
     try:
-        fsync = cast(Any, client).config_get("appendfsync").get("appendfsync")
-    except RedisError:  # managed services forbid CONFIG; what they persist is theirs to say
-        return []
-    if fsync == "always":
-        return []
-    return [
-        f"{shown}: appendfsync is {fsync}; a power failure loses up to the last second's records "
-        "(`CONFIG SET appendfsync always`; a crash of the Redis process alone loses nothing)"
-    ]
+        return cast(Any, client).config_get(name).get(name)
+    except RedisError:
+        return None

@@ -2,64 +2,22 @@
 
 import os
 import re
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from redis import Redis
-from redis.exceptions import RedisError
 
 from d2p_pipeline.buffer.connect import RedisRefusedError, check, connect, without_password
-from d2p_pipeline.buffer.embedded import EmbeddedRedis, binary
+from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import BatchRef, Push, Seal
 from d2p_pipeline.buffer.redis import Client, RedisBuffer
-
-Start = Callable[..., int]
-
-
-def free_port() -> int:
-    """A port whose cluster bus port (10,000 above) exists too."""
-    while True:
-        with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-            port = listener.getsockname()[1]
-        if port < 50_000:
-            return port
-
-
-def until(condition: Callable[[], object], error: type[Exception] = RedisError) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            if condition():
-                return
-        except error:
-            pass
-        assert time.monotonic() < deadline, "the server did not get there"
+from d2p_pipeline_tests.redis_servers import RedisServers, Start, until
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a redis-server with options on a loopback port, which it returns."""
-    with ExitStack() as stack:
-
-        def start(*options: str, program: tuple[str, ...] = ()) -> int:
-            port = free_port()
-            directory = tmp_path / str(port)
-            directory.mkdir()
-            command = [binary(), *program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
-            process = subprocess.Popen([*command, str(directory), *options], stdout=subprocess.DEVNULL)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            if "--requirepass" not in options:
-                until(lambda: Redis(port=port).ping())
-            return port
-
-        yield start
+def start(redis_servers: RedisServers) -> Start:
+    return redis_servers.start
 
 
 def assert_delivers(client: Client) -> None:
@@ -89,14 +47,8 @@ def test_one_server_with_user_password_and_database(start: Start) -> None:
     assert client.connection_pool.connection_kwargs["db"] == 3
 
 
-def test_a_cluster_of_three_masters(start: Start) -> None:
-    ports = [start("--cluster-enabled", "yes") for _ in range(3)]
-    nodes = [Redis(port=port) for port in ports]
-    for number, node in enumerate(nodes):
-        node.execute_command("CLUSTER ADDSLOTS", *range(number * 5462, min(16384, (number + 1) * 5462)))
-        node.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
-    for node in nodes:
-        until(lambda node=node: "'cluster_state': 'ok'" in str(node.execute_command("CLUSTER INFO")))
+def test_a_cluster_of_three_masters(redis_servers: RedisServers) -> None:
+    ports = redis_servers.cluster()
     url = f"redis+cluster://127.0.0.1:{ports[1]}"
     client = connect(url)
     assert "append-only persistence is off" in check(client, url)[0]
