@@ -7,12 +7,13 @@ JSON form, so a row accounts for a known number of bytes. A line of exactly thes
 escape in it, holds nothing else: an unknown, repeated or null field adds bytes, and always more than one per escape in it.
 The same goes for text with `, ` and `: `, as Python writes it, where every comma and colon is known to have its space.
 
-Any other line is doubtful, not wrong: the normalizer decides. pyarrow has no type information, hence `standard` above.
+Any other line is doubtful, not wrong: the normalizer decides. What the decoder refuses is narrowed to a few hundred lines,
+which are left to the normalizer too. pyarrow has no type information, hence `standard` above.
 """
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,23 +24,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from d2p_pipeline.records.fields import LOG_FIELDS, TimestampUnit, arrow_schema
+from d2p_pipeline.records.lines import Lines
 from d2p_pipeline.records.shape import ARROW_TYPES, Shape, fold
 
 BATCH_ROWS = 1024
 """Rows per Arrow batch; larger ones make the decoder slower."""
 
-_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+# Lines decoded in one call, and those that are not narrowed any further where the decoder refuses one of them.
+_LINES = 4096
+_FEW_LINES = 256
+
 _DIGITS = {"ms": 3, "us": 6, "ns": 9}
 _QUOTES = 2
 _NULL = 4  # bytes of `null`
-
 
 _PAIR = re.compile(rb"(?<!\\)((?:\\\\)*)\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 
 
 def without_pairs(text: bytes) -> bytes:
     """Escaped surrogate pairs as the characters they mean: arrow-rs reads those of U+20000 and above as others."""
-    return _PAIR.sub(_character, text) if b"\\u" in text else text
+    return _PAIR.sub(_character, text) if b"\\" in text and b"\\u" in text else text
 
 
 def _character(pair: "re.Match[bytes]") -> bytes:
@@ -47,54 +51,59 @@ def _character(pair: "re.Match[bytes]") -> bytes:
     return pair[1] + chr(0x10000 + (high << 10) + low).encode()
 
 
-class Undecided(Exception):
-    """The lines are no sequence of objects with fitting types, one per line: they have to be looked at one by one."""
-
-
 @dataclass(frozen=True)
 class Decoded:
-    """A block's rows. `doubtful` ones may hold more than the row says or lack what they need; the time of `untimed` ones
-    was not read."""
+    """The rows of some lines. `numbers` has the line of each row, ascending; `left` are the lines that have none.
+
+    `doubtful` rows may hold more than the row says or lack what they need; the time of `untimed` ones was not read.
+    """
 
     table: pa.Table
+    numbers: Sequence[int]
+    left: set[int]
     doubtful: set[int]
     untimed: set[int]
 
+    @property
+    def open(self) -> int:
+        """How many lines somebody has to look at."""
+        return len(self.left) + len(self.doubtful)
 
-def decode(lines: list[bytes], unit: TimestampUnit, shape: Shape = (), text: bytes = b"") -> Decoded:
-    """Decode lines of records that differ from the schema by `shape`; `text`: the same lines in one, if at hand.
 
-    The lines have no newlines, and no NUL, raw or escaped: the decoder aborts the process over one in an error message.
-    """
-    text = text or b"\n".join((*lines, b""))
+def decode(lines: Lines, unit: TimestampUnit, shape: Shape = ()) -> Decoded:
+    """Decode lines of records that differ from the schema by `shape`."""
     members = _members(shape)
+    batches: list[pa.RecordBatch] = []
+    left = set(lines.odd)
+    for first in range(0, len(lines), _LINES):
+        _decode_some(lines, first, min(first + _LINES, len(lines)), members, batches, left)
+    numbers = [number for number in range(len(lines)) if number not in left] if left else range(len(lines))
+    table = pa.Table.from_batches(batches, _schema(members))
+    folded, doubtful = fold(table, shape)
+    doubtful |= _incomplete_rows(folded)
+    doubtful |= _unexplained_rows(table, members, lines, numbers)
+    moments, untimed = _moments(pl.Series(pl.from_arrow(folded.column("time"))), unit)
+    return Decoded(folded.set_column(0, arrow_schema(unit).field("time"), moments), numbers, left, doubtful, untimed)
+
+
+def _decode_some(
+    lines: Lines, first: int, stop: int, members: "Members", batches: list[pa.RecordBatch], left: set[int]
+) -> None:
+    """Decode the lines from `first` to `stop`; those among which the decoder refuses one are added to `left`."""
+    text, count = lines.text_of(first, stop)
+    if not count:
+        return
     try:
-        table = _decoder(members)(text)
-    except pa.ArrowInvalid as error:
-        raise Undecided from error
-    if table.num_rows != len(lines):
-        raise Undecided
-    folded = fold(table, shape)
-    if folded is None:
-        raise Undecided
-    doubtful = _incomplete_rows(folded)
-    if not _is_explained(table, members, text, [lines[row] for row in doubtful], sorted(doubtful)):
-        doubtful.update(_doubtful_rows(table, members, lines))
-    table = folded
-    time = pl.Series(pl.from_arrow(table.column("time")))
-    untimed: set[int] = set()
-    readable = time.str.contains(_time_pattern(unit))
-    if not readable.all():
-        unreadable = (~readable).fill_null(False)
-        untimed.update(unreadable.arg_true())
-        time = time.set(unreadable, None)
-    if (time.str.len_bytes() > len("2026-11-21T10:00:00.Z") + _DIGITS[unit]).any():  # cut off what Arrow would refuse
-        time = time.str.replace(rf"(\.\d{{{_DIGITS[unit]}}})\d+", "$1")
-    try:
-        moments = pc.cast(time.to_arrow(), pa.timestamp(unit, "UTC"))
-    except pa.ArrowInvalid as error:  # a 30th of February
-        raise Undecided from error
-    return Decoded(table.set_column(0, arrow_schema(unit).field("time"), moments), doubtful, untimed)
+        table = _decoder(members)(without_pairs(text) if lines.has_unicode_escapes else text)
+    except pa.ArrowInvalid:
+        table = None
+    if table is not None and table.num_rows == count:
+        batches.extend(table.to_batches())
+    elif stop - first <= _FEW_LINES:
+        left.update(range(first, stop))
+    else:
+        for some in range(first, stop, _FEW_LINES):
+            _decode_some(lines, some, min(some + _FEW_LINES, stop), members, batches, left)
 
 
 Members = tuple[tuple[str, str], ...]
@@ -109,28 +118,51 @@ def _members(shape: Shape) -> Members:
 
 
 @cache
-def _decoder(members: Members) -> Callable[[bytes], pa.Table]:
-    """Reads `time` as text: its bytes have to be accounted for too."""
+def _schema(members: Members) -> pa.Schema:
+    """`time` is text: its bytes have to be accounted for too."""
     known = arrow_schema()
-    fields = [
-        pa.field(name, pa.string() if kind == "timestamp" else ARROW_TYPES[kind])
-        if kind in ("timestamp", *ARROW_TYPES)
-        else known.field(name)
-        for name, kind in members
-    ]
-    schema = arro3.core.Schema.from_arrow(pa.schema(fields))
+    return pa.schema(
+        [
+            pa.field(name, pa.string() if kind == "timestamp" else ARROW_TYPES[kind])
+            if kind in ("timestamp", *ARROW_TYPES)
+            else known.field(name)
+            for name, kind in members
+        ]
+    )
+
+
+@cache
+def _decoder(members: Members) -> Callable[[bytes], pa.Table]:
+    schema = arro3.core.Schema.from_arrow(_schema(members))
 
     def decode(text: bytes) -> pa.Table:
-        return pa.table(arro3.io.read_json(io.BytesIO(without_pairs(text)), schema, batch_size=BATCH_ROWS))
+        return pa.table(arro3.io.read_json(io.BytesIO(text), schema, batch_size=BATCH_ROWS))
 
     return decode
+
+
+def _moments(time: pl.Series, unit: TimestampUnit) -> tuple[pa.Array, set[int]]:
+    """Times read as Arrow reads them, null where that is not certain to be as the normalizer would; and these rows."""
+    untimed = ~time.str.contains(_time_pattern(unit)).fill_null(True)
+    if untimed.any():
+        time = time.set(untimed, None)
+    if (time.str.len_bytes() > len("2026-11-21T10:00:00.Z") + _DIGITS[unit]).any():  # cut off what Arrow would refuse
+        time = time.str.replace(rf"(\.\d{{{_DIGITS[unit]}}})\d+", "$1")
+    type_ = pa.timestamp(unit, "UTC")
+    try:
+        return pc.cast(time.to_arrow(), type_), set(untimed.arg_true())
+    except pa.ArrowInvalid:  # a 30th of February
+        late = time.str.contains(r"^\d{4}-\d\d-(29|3)").fill_null(False)
+        return pc.cast(time.set(late, None).to_arrow(), type_), set((untimed | late).arg_true())
 
 
 @cache
 def _time_pattern(unit: TimestampUnit) -> str:
     """Times that Arrow's cast and the normalizer read alike, in years that have no edge to fall off in any offset."""
     years = r"(1[7-9]\d\d|2[01]\d\d|22[0-5]\d)" if unit == "ns" else r"([1-8]\d{3}|9[0-8]\d\d|99[0-8]\d)"
-    return rf"^{years}-\d\d-\d\d[T ]\d\d:\d\d:[0-5]\d(\.\d+)?(Z|[+-]\d\d:\d\d)$"
+    days = r"(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
+    minutes = r"([01]\d|2[0-3]):[0-5]\d"
+    return rf"^{years}-{days}[T ]{minutes}:[0-5]\d(\.\d+)?(Z|[+-]{minutes})$"
 
 
 def _incomplete_rows(table: pa.Table) -> set[int]:
@@ -138,145 +170,141 @@ def _incomplete_rows(table: pa.Table) -> set[int]:
     rows: set[int] = set()
     for field in LOG_FIELDS:
         if field.required and table.column(field.name).null_count:
-            rows.update(pl.Series(pl.from_arrow(table.column(field.name))).is_null().arg_true())
+            rows.update(_series(table.column(field.name).is_null()).arg_true())
     return rows
 
 
-def _is_explained(table: pa.Table, members: Members, text: bytes, others: list[bytes], other_rows: list[int]) -> bool:
-    """Whether the rows together explain all of a block but some `others`; then each does by its own, as none can have too
-    few bytes."""
-    least, separators = _sum(table, members)
-    size, escapes = len(text) - table.num_rows, len(_ESCAPE.findall(text))
-    if others:
-        other_least, other_separators = _sum(table.take(pa.array(other_rows)), members)
-        least, separators = least - other_least, separators - other_separators
-        size -= sum(map(len, others))
-        escapes -= sum(map(_escapes, others))
-    return _explains(text, size - least, separators, escapes)
-
-
-def _doubtful_rows(table: pa.Table, members: Members, lines: list[bytes]) -> Iterator[int]:
-    least, separators = _account(table.combine_chunks(), members)
-    extra = pl.Series(list(map(len, lines)), dtype=pl.Int64) - least
-    for row in (extra != 0).arg_true():
-        line = lines[row]
-        if not _explains(line, extra[row], separators[row], _escapes(line)):
-            yield row
-
-
-def _escapes(line: bytes) -> int:
-    return line.count(b"\\") - line.count(b"\\\\")
-
-
-def _explains(text: bytes, extra: int, separators: int, escapes: int) -> bool:
-    """Whether `extra` bytes beyond the least are nothing but escapes, or these and a space per comma and colon."""
-    if extra == escapes:
-        return True
-    if extra != escapes + separators:
-        return False
-    return text.count(b'":') == text.count(b'": ') and b',"' not in text and b",n" not in text
-
-
-def _sum(table: pa.Table, members: Members) -> tuple[int, int]:
-    """The least bytes the JSON of all rows can have, and how many commas and colons that has."""
-    size = separators = fields = 0
+def _unexplained_rows(table: pa.Table, members: Members, lines: Lines, numbers: Sequence[int]) -> set[int]:
+    """Rows that do not account for all bytes of their lines."""
+    if not table.num_rows:
+        return set()
+    least, separators = _account(table, members)
+    every = len(numbers) == len(lines)
+    places = pl.Series(numbers, dtype=pl.Int64) if not every else None
+    extra = (lines.lengths if places is None else lines.lengths.gather(places)) - least
+    if (extra == 0).all():
+        rows: set[int] = set()
+    else:
+        escapes = lines.escapes if places is None else lines.escapes.gather(places)
+        rows = set((extra != escapes).arg_true())
+        spaced = (extra == escapes + separators) & (extra != escapes)
+        rows.difference_update(row for row in spaced.arg_true() if _is_spaced(lines[numbers[row]]))
     for name, kind in members:
-        column = table.column(name)
-        present = table.num_rows - column.null_count
-        fields += present
-        size += present * (_name_bytes(name) + _QUOTES)
-        match kind:
-            case "string" | "timestamp":
-                size += _total(_lengths(column)) + present * _QUOTES
-            case "bool":
-                size += present * len("false") - _total(column)
-            case "int":
-                size += _total(_lengths(column.cast(pa.string())))
-            case _:
-                inner_size, inner_separators = _sum_nested(column, is_map=kind == "map")
-                size += inner_size + present * _QUOTES + inner_separators
-                separators += inner_separators
-    # Braces, colons, and a comma between any two fields.
-    separators += 2 * fields - table.num_rows
-    return size + table.num_rows * _QUOTES + 2 * fields - table.num_rows, separators
+        if kind == "int":
+            rows.update(_maybe_exponents(table.column(name), name, lines, numbers))
+    return rows
 
 
-def _sum_nested(column: pa.ChunkedArray, *, is_map: bool) -> tuple[int, int]:
-    """Bytes of all entries without commas and colons, and how many of these there are."""
-    size = separators = 0
-    for chunk in column.chunks:
-        entries = 0
-        for strings in (chunk.keys, chunk.items) if is_map else (chunk.values,):
-            entries = len(strings)
-            size += _total(_lengths(strings)) + entries * _QUOTES + strings.null_count * (_NULL - _QUOTES)
-        filled = _total(pc.call_function("not_equal", [chunk.offsets[1:], chunk.offsets[:-1]]))
-        separators += entries * (2 if is_map else 1) - filled
-    return size, separators
+def _is_spaced(line: bytes) -> bool:
+    """Whether as many spaces as there are commas and colons can only be those after commas and colons."""
+    return line.count(b'":') == line.count(b'": ') and b',"' not in line and b",n" not in line
 
 
-def _name_bytes(name: str) -> int:
-    return len(name.encode())
-
-
-def _total(values: pa.Array | pa.ChunkedArray) -> int:
-    return pc.call_function("sum", [values]).as_py() or 0
-
-
-def _lengths(strings: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    return pc.call_function("binary_length", [strings])
+def _maybe_exponents(column: pa.ChunkedArray, name: str, lines: Lines, numbers: Sequence[int]) -> list[int]:
+    """Rows whose number may be written like `1e2`: as long as `100`, which it is read as, but another text."""
+    values = _series(column)
+    exponent = re.compile(rb'"%b"\s*:\s*-?[\d.]+[eE]' % re.escape(name.encode()))
+    return [
+        row
+        for row in ((values != 0) & (values % 100 == 0)).fill_null(False).arg_true()
+        if exponent.search(lines[numbers[row]])
+    ]
 
 
 def _account(table: pa.Table, members: Members) -> tuple[pl.Series, pl.Series]:
-    """`_sum` per row; slower."""
-    columns = pl.DataFrame(pl.from_arrow(table))
+    """Per row, the least bytes its JSON can have, and how many commas and colons that has."""
+    columns: dict[str, pl.Series] = {}
     least: list[pl.Expr] = []
-    fields: list[pl.Expr] = []
-    nested: dict[str, pl.Series] = {}
+    inner: list[pl.Expr] = []
+    always = 0
+    sometimes: list[pl.Expr] = []
     for name, kind in members:
-        column = pl.col(name)
-        fields.append(column.is_not_null().cast(pl.Int64))
+        column = table.column(name)
+        if column.null_count == table.num_rows:
+            continue
+        value = pl.col(name)
         match kind:
             case "string" | "timestamp":
-                value = column.str.len_bytes().cast(pl.Int64) + _QUOTES
+                columns[name], value = _lengths(column), value + _QUOTES
             case "bool":
-                value = pl.when(column).then(len("true")).otherwise(len("false"))
+                columns[name], value = _series(column), len("false") - value.cast(pl.Int32)
             case "int":
-                value = column.cast(pl.String).str.len_bytes().cast(pl.Int64)
+                columns[name] = _lengths(column.cast(pa.string()))
             case _:
-                size, inner = _account_nested(table.column(name), is_map=kind == "map")
-                nested[f"{name} size"], nested[f"{name} separators"] = size, inner
-                value = pl.col(f"{name} size")
-        # With its quotes, colon and comma.
-        least.append(pl.when(column.is_null()).then(0).otherwise(value + _name_bytes(name) + _QUOTES + 2))
-    extended = columns.with_columns(**nested)
-    inner = [pl.col(name) for name in nested if name.endswith("separators")]
-    count = pl.sum_horizontal(fields)
-    result = extended.select(
+                columns[name], separators = _account_nested(column, is_map=kind == "map")
+                columns[f"{name} separators"] = separators
+                inner.append(pl.col(f"{name} separators"))
+        value = value + (len(name.encode()) + _QUOTES + 2)  # with its quotes, colon and comma
+        if column.null_count:
+            sometimes.append(pl.col(name).is_not_null().cast(pl.Int32))
+            value = value.fill_null(0)
+        else:
+            always += 1
+        least.append(value)
+    if not columns:
+        nothing = pl.zeros(table.num_rows, dtype=pl.Int64, eager=True)
+        return nothing + _QUOTES, nothing
+    count = pl.sum_horizontal(sometimes) + always if sometimes else pl.lit(always, pl.Int32)
+    result = pl.DataFrame(columns).select(
         # Braces; the last field has no comma.
-        least=pl.sum_horizontal(least) + _QUOTES - (count > 0).cast(pl.Int64),
-        separators=pl.sum_horizontal(inner) + pl.max_horizontal(2 * count - 1, pl.lit(0)),
+        least=pl.sum_horizontal(least).cast(pl.Int64) + _QUOTES - (count > 0).cast(pl.Int64),
+        separators=(pl.sum_horizontal(inner).cast(pl.Int64) if inner else pl.lit(0, pl.Int64))
+        + pl.max_horizontal(2 * count.cast(pl.Int64) - 1, pl.lit(0, pl.Int64)),
     )
     return result["least"], result["separators"]
 
 
 def _account_nested(column: pa.ChunkedArray, *, is_map: bool) -> tuple[pl.Series, pl.Series]:
-    """Per row of a list or map of strings: least bytes and separators, brackets included; null counts as empty."""
-    sizes: list[pl.Series] = []
-    separators: list[pl.Series] = []
-    for chunk in column.chunks:
-        offsets = pl.Series(pl.from_arrow(chunk.offsets)).cast(pl.Int64)
-        each = _string_bytes(chunk.items if is_map else chunk.values) + 1  # comma
-        if is_map:
-            each = each + _string_bytes(chunk.keys) + 1  # colon
-        until = pl.concat([pl.Series([0], dtype=pl.Int64), each.cum_sum()])
-        entries = offsets.diff().slice(1)
-        some = (entries > 0).cast(pl.Int64)
-        sizes.append(until.gather(offsets).diff().slice(1) + 2 - some)
-        separators.append(entries * (2 if is_map else 1) - some)
-    empty = pl.Series([], dtype=pl.Int64)
-    return pl.concat([empty, *sizes]), pl.concat([empty, *separators])
+    """Per row of a list or map of strings: least bytes, null where there is none, and separators; brackets included."""
+    array = column.combine_chunks()
+    offsets = _series(array.offsets).cast(pl.Int64)
+    entries = offsets.diff().slice(1)
+    some = (entries > 0).cast(pl.Int64)
+    # Brackets; every entry with its comma but the last.
+    size = entries + _QUOTES - some
+    for strings in (array.keys, array.items) if is_map else (array.values,):
+        size += _between(offsets, _string_offsets(strings)) + entries * _QUOTES
+        if strings.null_count:
+            nulls = pl.concat([pl.Series([0], dtype=pl.Int64), _series(strings.is_null()).cast(pl.Int64).cum_sum()])
+            size += _between(offsets, nulls) * (_NULL - _QUOTES)
+    separators = entries * (2 if is_map else 1) - some
+    if is_map:
+        size += entries  # colons
+    if column.null_count:
+        absent = _series(array.is_null())
+        return size.set(absent, None), separators.set(absent, 0)
+    return size, separators
 
 
-def _string_bytes(strings: pa.Array) -> pl.Series:
-    lengths = pl.Series(pl.from_arrow(strings)).str.len_bytes().cast(pl.Int64)
-    return (lengths + _QUOTES).fill_null(_NULL)
+def _between(offsets: pl.Series, totals: pl.Series) -> pl.Series:
+    """How much of a running total lies between consecutive offsets."""
+    return totals.gather(offsets).diff().slice(1)
+
+
+def _string_offsets(strings: pa.Array) -> pl.Series:
+    """Where each string begins in the bytes of all of them, and where the last one ends."""
+    if not len(strings):
+        return pl.Series([0], dtype=pl.Int64)
+    offsets = pa.Array.from_buffers(pa.int32(), len(strings) + 1, [None, strings.buffers()[1]], offset=strings.offset)
+    return _series(offsets).cast(pl.Int64)
+
+
+def _lengths(strings: pa.ChunkedArray) -> pl.Series:
+    return _series(pc.call_function("binary_length", [strings]))
+
+
+def _series(array: pa.Array | pa.ChunkedArray) -> pl.Series:
+    return pl.Series(pl.from_arrow(array))
+
+
+_MAPS = [field.name for field in LOG_FIELDS if field.kind == "map"]
+
+
+def repeated_map_keys(table: pa.Table) -> frozenset[int]:
+    """Rows with a map that has a key twice, which readers of Parquet take for damage."""
+    rows: set[int] = set()
+    for name in _MAPS:
+        maps = table.column(name).combine_chunks()
+        keys = _series(pa.ListArray.from_arrays(maps.offsets, maps.keys))
+        rows.update((keys.list.n_unique() != keys.list.len()).arg_true())
+    return frozenset(rows)

@@ -188,10 +188,13 @@ class Normalizer:
             return
         entries: dict[str, str | None] = record.setdefault("extra-fields", {})
         masked = "extra-fields" in self._rules.masked_fields
+        placed: dict[str, str | None] = {}
         # Names that need no normalization come first: they have the better right to themselves.
         for spare in sorted(spares, key=lambda spare: spare.written != normalize_name(spare.written)):
-            free = next(name for name in _names_for(spare.written) if name not in entries)
-            entries[free] = "*" if masked and spare.text is not None else spare.text
+            free = next(name for name in _names_for(spare.written) if name not in entries and name not in placed)
+            placed[free] = "*" if masked and spare.text is not None else spare.text
+        # Sorted, so that the files depend neither on the order of members nor on how records were read.
+        entries.update(sorted(placed.items()))
 
     def _completed(self, record: dict[str, Any]) -> str:
         """Fill in the default capability, check what must be there, and return the key."""

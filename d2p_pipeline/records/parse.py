@@ -15,46 +15,37 @@ pyarrow has no type information, hence `standard` above.
 
 import io
 import re
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 import arro3.core
 import arro3.io
-import msgspec
-import polars as pl
 import pyarrow as pa
 
 from d2p_pipeline.records import bulk
 from d2p_pipeline.records import chunk as chunk_format
 from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
-from d2p_pipeline.records.fields import LOG_FIELDS, TimestampUnit, arrow_schema
+from d2p_pipeline.records.fields import TimestampUnit, arrow_schema
+from d2p_pipeline.records.lines import Lines
 from d2p_pipeline.records.normalize import BYTE_ORDER_MARK, WHITESPACE, Normalizer
 from d2p_pipeline.records.rules import Rules
-from d2p_pipeline.records.shape import Shape, shape_of
+from d2p_pipeline.records.shape import Shapes, joined, shape_of
 
 # Text decoded at once: enough that the cost per call does not show, little enough to repeat for one bad line.
 _BLOCK = 4 << 20
 # Plain text decoded before it is checked: enough that the accounting's cost per call does not show.
-_BULK = 8 << 20
+_BULK = 16 << 20
 _WORTH = 64 << 10
-# Lines screened in one call.
-_GROUP = 32
-# One in so many doubtful rows is no reason to look for another shape.
+# One in so many lines left open is no reason to look for another shape, nor to copy all others.
 _FEW = 20
 # Text checked at once: the checked objects of a block still fit into the processor's cache.
 _CHECKED = 64 << 10
-# Rows per Arrow batch; larger ones make the decoder slower.
-_BATCH_ROWS = 1024
-
 # A pattern is found in half the time that `in` takes.
 _ESCAPED_NUL = re.compile(rb"\\u0000")
-
-_MAPS = [field.name for field in LOG_FIELDS if field.kind == "map"]
 
 
 @dataclass(frozen=True)
@@ -82,15 +73,17 @@ def parse(
     received_at: int,
     batch: str | None = None,
     chunk_limit: int = chunk_format.DEFAULT_LIMIT,
+    shapes: Shapes | None = None,
 ) -> Parsed:
     """Decode chunks. `received_at` (ms since the epoch) and `batch` are for the dead letters; our own chunks carry their
-    time of reception with them. Memory: the decompressed text and the table."""
+    time of reception with them. `shapes` is what earlier calls found out about the producers: it makes this one faster
+    and changes no result. Memory: the decompressed text and the table."""
     if rules.record_type == "dynamic":
         from d2p_pipeline.records.dynamic.parse import parse_dynamic
 
         rows = parse_dynamic(chunks, rules, received_at, batch, chunk_limit)
         return Parsed(rows.table, rows.rejects, rows.lines, [_Source(0, b"", rows.originals)])
-    parser = _Parser(rules, received_at, batch)
+    parser = _Parser(rules, received_at, batch, shapes or Shapes())
     for chunk in chunks:
         parser.add(chunk, chunk_limit)
     parser.finish()
@@ -124,22 +117,27 @@ class _Line:
 
 
 class _Source:
-    """The lines of consecutive rows. They are split only when one is asked for."""
+    """The lines of consecutive rows. They are split only when one is asked for; `kept` are the numbers of those that are
+    rows, None if all are."""
 
-    def __init__(self, first_row: int, text: bytes, originals: list[bytes] | None) -> None:
+    def __init__(
+        self, first_row: int, text: bytes, originals: list[bytes] | None = None, kept: Sequence[int] | None = None
+    ) -> None:
         self.first_row = first_row
         self._text = text
         self._originals = originals
+        self._kept = kept
 
     @cached_property
     def lines(self) -> list[bytes]:
-        return self._text.split(b"\n") if self._originals is None else self._originals
+        lines = self._text.split(b"\n") if self._originals is None else self._originals
+        return lines if self._kept is None else [lines[number] for number in self._kept]
 
 
 class _Parser:
     """Collects pieces into blocks and decodes block by block."""
 
-    def __init__(self, rules: Rules, received_at: int, batch: str | None) -> None:
+    def __init__(self, rules: Rules, received_at: int, batch: str | None, shapes: Shapes) -> None:
         self.tables: list[pa.Table] = []
         self.rejects: list[DeadLetter] = []
         self.sources: list[_Source] = []
@@ -147,8 +145,7 @@ class _Parser:
         self._rules = rules
         self._normalizer = Normalizer(rules)
         self._decode = _decoder(rules.timestamp_unit)
-        self._shape: Shape = ()
-        self._screens = False
+        self._shapes = shapes
         self._unit: TimestampUnit = rules.timestamp_unit
         # A hidden field or a capability to fill in is nothing that the number of bytes tells.
         self._in_bulk = not (rules.ignored_fields or rules.masked_fields or rules.default_capability or rules.hmac_key)
@@ -194,151 +191,90 @@ class _Parser:
 
     def _check_text(self, text: bytes, received_at: int) -> None:
         for block in _blocks(text, _BULK):
-            if (
-                self._in_bulk
-                and len(block) >= _WORTH
-                and not _is_dangerous(block)
-                and self._decoded(block, received_at)
-            ):
+            if self._in_bulk and len(block) >= _WORTH and self._decoded(block, received_at):
                 continue
             for part in _blocks(block, _CHECKED):
                 self._push(self._checked(part, received_at))
 
     def _decoded(self, text: bytes, received_at: int) -> bool:
         """Decode a block before it is checked; False when that cannot be done."""
-        lines, numbers = text.split(b"\n")[:-1], None
-        refused: dict[int, tuple[bytes, str]] = {}
-        # A producer that sends what is no JSON sends more of it: its blocks need not fail first.
-        decoded = None if self._screens else self._in_shape(lines, text)
-        if decoded is None:
-            self._screens = True
-            screened = self._screened(lines)
-            if screened is None:
-                return False
-            lines, numbers, refused = screened
-            decoded = self._in_shape(lines)
-            if decoded is None:
-                return False
-        table = decoded.table
-        repeated = _repeated_map_keys(table)
-        mended, dropped = self._mended(lines, decoded, repeated)
-        for row, reason in dropped.items():
-            refused[numbers[row] if numbers else row] = (lines[row], reason)
-        merged = self._merged(table, mended, dropped)
+        lines = Lines(text)
+        decoded = self._in_shape(lines)
+        mended, refused, blank = self._mended(lines, decoded)
+        merged = self._merged(decoded, mended, {*refused, *blank})
         if merged is None:
             return False
         self._flush()
-        self.lines += table.num_rows + len(refused) - len(dropped)
-        for _, (line, reason) in sorted(refused.items()):
-            self._reject(reason, line, received_at)
-        kept = [line for row, line in enumerate(lines) if row not in dropped] if refused or numbers else None
+        self.lines += len(lines) - len(blank)
+        for number, reason in refused.items():
+            self._reject(reason, lines[number], received_at)
         if merged.num_rows:
-            self._source(merged.num_rows, text, kept)
+            gone = {*refused, *blank}
+            kept = [number for number in range(len(lines)) if number not in gone] if gone else None
+            self._source(merged.num_rows, _Source(self._rows, text, kept=kept))
             self.tables.append(merged)
         return True
 
-    def _mended(
-        self, lines: list[bytes], decoded: bulk.Decoded, repeated: AbstractSet[int]
-    ) -> tuple[dict[int, bytes], dict[int, str]]:
-        """Rows whose canonical line is not the one decoded, with that line; and rows that are none, with the reason."""
+    def _in_shape(self, lines: Lines) -> bulk.Decoded:
+        """Decode lines in the shape that served before; where that leaves too much open, also in that of a line left open."""
+        decoded = bulk.decode(lines, self._unit, self._shapes.last)
+        odd = len(lines.odd)
+        if (decoded.open - odd) * _FEW <= len(lines):
+            return decoded
+        rows = (decoded.numbers[row] for row in decoded.doubtful)
+        sample = lines[min(chain(rows, decoded.left.difference(lines.odd)))]
+        shape = shape_of(sample)
+        if shape is None or (shape := joined(self._shapes.last, shape)) == self._shapes.last:
+            return decoded
+        better = bulk.decode(lines, self._unit, shape)
+        if decoded.open < better.open:
+            return decoded
+        self._shapes.last = shape
+        return better
+
+    def _mended(self, lines: Lines, decoded: bulk.Decoded) -> tuple[dict[int, bytes], dict[int, str], list[int]]:
+        """Lines whose canonical line is not the one decoded, with that line; those that are none, with the reason; and
+        blank ones."""
         mended: dict[int, bytes] = {}
-        dropped: dict[int, str] = {}
-        for row in sorted(decoded.doubtful | decoded.untimed | repeated):
-            line = lines[row]
+        refused: dict[int, str] = {}
+        blank: list[int] = []
+        unread = decoded.left | {decoded.numbers[row] for row in decoded.untimed}
+        repeated = {decoded.numbers[row] for row in bulk.repeated_map_keys(decoded.table)}
+        for number in sorted(unread | repeated | {decoded.numbers[row] for row in decoded.doubtful}):
+            line = lines[number]
+            again = self._normalizer.rewritten_line if number in repeated else self._canonical
             try:
-                again = self._normalizer.rewritten_line if row in repeated else self._canonical
                 canonical = again(line)
             except Rejected as error:
-                dropped[row] = error.reason
+                if line.removeprefix(BYTE_ORDER_MARK).strip(WHITESPACE):
+                    refused[number] = error.reason
+                else:
+                    blank.append(number)
             else:
-                if row in decoded.untimed or canonical != line.strip(WHITESPACE):
-                    mended[row] = canonical
-        return mended, dropped
+                # A number that is text to this line may have been read as a number, as the shape said.
+                if number in unread or self._shapes.last or canonical != line.strip(WHITESPACE):
+                    mended[number] = canonical
+        return mended, refused, blank
 
     def _canonical(self, line: bytes) -> bytes:
         return self._normalizer.canonical(line).line
 
-    def _in_shape(self, lines: list[bytes], text: bytes = b"") -> bulk.Decoded | None:
-        """Decode lines in the shape that served before; where that leaves too much open, in that of a line left open."""
-        try:
-            decoded = bulk.decode(lines, self._unit, self._shape, text)
-            if len(decoded.doubtful) * _FEW <= len(lines):
-                return decoded
-            sample = lines[min(decoded.doubtful)]
-        except bulk.Undecided:
-            decoded, sample = None, next((line for line in lines if line.startswith(b"{")), b"")
-        shape = shape_of(sample)
-        if shape is None or shape == self._shape:
-            return decoded
-        try:
-            better = bulk.decode(lines, self._unit, shape, text)
-        except bulk.Undecided:
-            return decoded
-        if decoded and len(decoded.doubtful) < len(better.doubtful):
-            return decoded
-        self._shape = shape
-        return better
-
-    def _screened(self, lines: list[bytes]) -> tuple[list[bytes], list[int], dict[int, tuple[bytes, str]]] | None:
-        """The lines that are JSON objects with their numbers, and the others that are not blank with what is wrong.
-
-        None when the normalizer takes a line that is no JSON as it stands: one with a byte order mark.
-        """
-        readable: list[bytes] = []
-        numbers: list[int] = []
-        refused: dict[int, tuple[bytes, str]] = {}
-        for start in range(0, len(lines), _GROUP):
-            group = lines[start : start + _GROUP]
+    def _merged(self, decoded: bulk.Decoded, mended: dict[int, bytes], gone: set[int]) -> pa.Table | None:
+        """The rows with those of mended lines in place of theirs, without those that are gone; None if that fails."""
+        table, numbers = decoded.table, decoded.numbers
+        if not mended and not gone:
+            return table
+        if mended:
             try:
-                deque(map(_skip, group), maxlen=0)
-            except msgspec.DecodeError:
-                if not self._screen_each(group, start, readable, numbers, refused):
-                    return None
-            else:
-                readable.extend(group)
-                numbers.extend(range(start, start + len(group)))
-        return readable, numbers, refused
-
-    def _screen_each(
-        self,
-        lines: list[bytes],
-        first: int,
-        readable: list[bytes],
-        numbers: list[int],
-        refused: dict[int, tuple[bytes, str]],
-    ) -> bool:
-        for number, line in enumerate(lines, first):
-            try:
-                _skip(line)
-            except msgspec.DecodeError:
-                if not line.removeprefix(BYTE_ORDER_MARK).strip(WHITESPACE):
-                    continue
-                try:
-                    self._normalizer.canonical(line)
-                except Rejected as error:
-                    refused[number] = (line, error.reason)
-                    continue
-                return False
-            readable.append(line)
-            numbers.append(number)
-        return True
-
-    def _merged(self, table: pa.Table, mended: dict[int, bytes], dropped: Container[int]) -> pa.Table | None:
-        """The table with the rows of mended lines in place of theirs, without the dropped ones; None if that fails."""
-        if not mended:
-            rows = [row for row in range(table.num_rows) if row not in dropped] if dropped else None
-            return table if rows is None else table.take(pa.array(rows, pa.int64()))
-        try:
-            fresh = self._decode(b"\n".join((*mended.values(), b"")))
-        except pa.ArrowInvalid:
-            return None
-        if fresh.num_rows != len(mended) or _repeated_map_keys(fresh):
-            return None
-        place = {row: table.num_rows + position for position, row in enumerate(mended)}
-        order = [place.get(row, row) for row in range(table.num_rows) if row not in dropped]
-        if len(mended) == table.num_rows:
-            return fresh
-        return pa.concat_tables([table, fresh]).take(pa.array(order, pa.int64()))
+                fresh = self._decode(b"\n".join((*mended.values(), b"")))
+            except pa.ArrowInvalid:
+                return None
+            if fresh.num_rows != len(mended) or bulk.repeated_map_keys(fresh):
+                return None
+            if not table.num_rows:
+                return fresh
+            table = pa.concat_tables([table, fresh])
+        return _rows_of(table, list(_runs(numbers, list(mended), gone)))
 
     def _flush(self) -> None:
         if self._block:
@@ -382,7 +318,7 @@ class _Parser:
         except pa.ArrowInvalid:
             self._recover(block)
             return
-        if table.num_rows != sum(piece.rows for piece in block) or _repeated_map_keys(table):
+        if table.num_rows != sum(piece.rows for piece in block) or bulk.repeated_map_keys(table):
             self._recover(block)
             return
         if self._rules.hmac_key is not None and table.column("hmac").null_count < table.num_rows:
@@ -390,7 +326,7 @@ class _Parser:
             self._recover(block)
             return
         for piece in block:
-            self._source(piece.rows, piece.text, piece.originals)
+            self._source(piece.rows, _Source(self._rows, piece.text, piece.originals))
         self.tables.append(table)
 
     def _recover(self, block: list[_Piece]) -> None:
@@ -419,13 +355,13 @@ class _Parser:
             self._bisect(lines[:middle])
             self._bisect(lines[middle:])
             return
-        if repeated := _repeated_map_keys(table):
+        if repeated := bulk.repeated_map_keys(table):
             mended: list[_Line] = []
             for row, line in enumerate(lines):
                 mended.extend(self._anew(line, self._normalizer.rewritten_line) if row in repeated else [line])
             self._bisect(mended)
             return
-        self._source(len(lines), text, [line.original for line in lines])
+        self._source(len(lines), _Source(self._rows, text, [line.original for line in lines]))
         self.tables.append(table)
 
     def _anew(self, line: _Line, normalize: Callable[[bytes], bytes]) -> list[_Line]:
@@ -436,8 +372,8 @@ class _Parser:
             self._reject(error.reason, line.original, line.received_at)
             return []
 
-    def _source(self, rows: int, text: bytes, originals: list[bytes] | None) -> None:
-        self.sources.append(_Source(self._rows, text, originals))
+    def _source(self, rows: int, source: _Source) -> None:
+        self.sources.append(source)
         self._rows += rows
 
     def _reject(self, reason: str, raw: bytes, received_at: int) -> None:
@@ -446,15 +382,11 @@ class _Parser:
         self.rejects.append(letter)
 
 
-class _AnyObject(msgspec.Struct, gc=False):
-    """Whatever is an object; its members are looked over and let go."""
-
-
-_skip = msgspec.json.Decoder(_AnyObject).decode
-
-
 def _blocks(body: bytes, size: int) -> Iterator[bytes]:
     """`body` cut after newlines, every `size` bytes or so; the last line gets its newline if it has none."""
+    if len(body) <= size and body.endswith(b"\n"):
+        yield body
+        return
     start = 0
     while start < len(body):
         end = body.find(b"\n", min(start + size, len(body) - 1)) + 1
@@ -466,20 +398,35 @@ def _decoder(unit: TimestampUnit) -> Callable[[bytes], pa.Table]:
     schema = arro3.core.Schema.from_arrow(arrow_schema(unit))
 
     def decode(text: bytes) -> pa.Table:
-        return pa.table(arro3.io.read_json(io.BytesIO(bulk.without_pairs(text)), schema, batch_size=_BATCH_ROWS))
+        return pa.table(arro3.io.read_json(io.BytesIO(bulk.without_pairs(text)), schema, batch_size=bulk.BATCH_ROWS))
 
     return decode
 
 
 def _is_dangerous(text: bytes) -> bool:
-    return b"\0" in text or _ESCAPED_NUL.search(text) is not None
+    return b"\0" in text or (b"\\" in text and _ESCAPED_NUL.search(text) is not None)
 
 
-def _repeated_map_keys(table: pa.Table) -> frozenset[int]:
-    """Rows with a map that has a key twice, which readers of Parquet take for damage."""
-    rows: set[int] = set()
-    for name in _MAPS:
-        maps = table.column(name).combine_chunks()
-        keys = pl.Series(pl.from_arrow(pa.ListArray.from_arrays(maps.offsets, maps.keys)))
-        rows.update((keys.list.n_unique() != keys.list.len()).arg_true())
-    return frozenset(rows)
+def _runs(numbers: Sequence[int], mended: Sequence[int], gone: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Where the rows that stay lie, in the order of their lines: as (start, length) in a table of the decoded rows, which
+    have these line numbers, and of the `mended` ones behind them."""
+    at = 0
+    fresh = len(numbers)
+    is_mended = set(mended)
+    for number in sorted({*mended, *gone}):
+        row = bisect_left(numbers, number)
+        if row > at:
+            yield at, row - at
+        at = row + 1 if row < len(numbers) and numbers[row] == number else row
+        if number in is_mended:
+            yield fresh, 1
+            fresh += 1
+    if at < len(numbers):
+        yield at, len(numbers) - at
+
+
+def _rows_of(table: pa.Table, runs: list[tuple[int, int]]) -> pa.Table:
+    """The rows of these runs: without a copy where they are long."""
+    if len(runs) * _FEW > table.num_rows:
+        return table.take(pa.array(chain.from_iterable(range(at, at + length) for at, length in runs), pa.int64()))
+    return pa.concat_tables([table.slice(at, length) for at, length in runs]) if runs else table.slice(0, 0)

@@ -8,11 +8,15 @@ alias in one record, nested values, fractions, whose text counts) has no shape a
 pyarrow has no type information, hence `standard` above.
 """
 
+from dataclasses import dataclass
+from itertools import starmap
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from d2p_pipeline.records.fields import BY_NAME, arrow_schema, normalize_name, target_name
 
@@ -27,6 +31,14 @@ class Member(NamedTuple):
 
 
 Shape = tuple[Member, ...]
+
+
+@dataclass
+class Shapes:
+    """What is known of the producers: the shape that served last."""
+
+    last: Shape = ()
+
 
 ARROW_TYPES: dict[Kind, pa.DataType] = {"string": pa.string(), "int": pa.int64(), "bool": pa.bool_()}
 _PYTHON_TYPES: dict[type, Kind] = {str: "string", int: "int", bool: "bool"}
@@ -59,6 +71,15 @@ def shape_of(line: bytes) -> Shape | None:
     return tuple(shape)
 
 
+def joined(shape: Shape, other: Shape) -> Shape:
+    """A shape for the records of both; the other one alone where that would be too many columns."""
+    members = dict(shape) | dict(other)
+    return tuple(starmap(Member, members.items())) if len(members) <= _MOST_MEMBERS else other
+
+
+_MOST_MEMBERS = 64
+
+
 def _fits(target: str, kind: Kind) -> bool:
     """Whether a column of this kind can become the field it means, or an entry of `extra-fields`."""
     known = BY_NAME.get(target)
@@ -70,12 +91,14 @@ def _fits(target: str, kind: Kind) -> bool:
     )
 
 
-def fold(table: pa.Table, shape: Shape) -> pa.Table | None:
-    """The table with the shape's columns where their values belong; None if a record would need a decision.
+def fold(table: pa.Table, shape: Shape) -> tuple[pa.Table, set[int]]:
+    """The table with the shape's columns where their values belong, and the rows that need a decision: those that have
+    two names for one field.
 
     Columns: those of the schema with `time` as text, then the shape's unknown names.
     """
     unknown: list[tuple[str, pa.ChunkedArray]] = []
+    undecided: set[int] = set()
     for member in shape:
         column = table.column(member.name)
         if member.name not in BY_NAME:
@@ -85,12 +108,26 @@ def fold(table: pa.Table, shape: Shape) -> pa.Table | None:
         if known is None:
             unknown.append((target, _as_text(column)))
             continue
-        if member.name != target and table.column(target).null_count < table.num_rows:
-            return None  # some record has both
+        column = column if known.kind == "bool" else _as_text(column)
+        if member.name != target:
+            column, both = _either(table.column(target), column)
+            undecided.update(both)
         position = table.schema.get_field_index(target)
         field = arrow_schema().field(target) if known.kind != "timestamp" else pa.field("time", pa.string())
-        table = table.set_column(position, field, column if known.kind == "bool" else _as_text(column))
-    return _with_extra_fields(table, unknown) if unknown else table
+        table = table.set_column(position, field, column)
+    if unknown:
+        # In the order of the normalizer.
+        table = _with_extra_fields(table, sorted(unknown, key=itemgetter(0)))
+    return table, undecided
+
+
+def _either(one: pa.ChunkedArray, other: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[int]]:
+    """The values of two columns as one, and the rows where both have some."""
+    if one.null_count == len(one):
+        return other, []
+    one = _as_text(one) if one.type != other.type else one
+    both = pl.Series(pl.from_arrow(one.is_valid())) & pl.Series(pl.from_arrow(other.is_valid()))
+    return pc.call_function("coalesce", [one, other]), both.arg_true().to_list()
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:

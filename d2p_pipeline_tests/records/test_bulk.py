@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.parse import Parsed, parse
 from d2p_pipeline.records.rules import Rules
+from d2p_pipeline.records.shape import Shapes
 from d2p_pipeline_tests.records.builders import FULL, REQUIRED, line
 
 PADDING = [line(FULL, message=f"padding {number}", stack_trace='at a("x")\n\tat b\\c' * 8) for number in range(250)]
@@ -201,3 +202,59 @@ def test_an_escaped_character_beyond_16_bits_is_that_character(character: str) -
     text = json.dumps({**FULL, "message": character}).encode()
     for result in (parse([text], Rules(), 0), in_bulk(text), parse([chunk.encode([text], 0)], Rules(), 0)):
         assert character in result.table.column("message").to_pylist()
+
+
+BROKEN: dict[str, bytes] = {
+    "two objects on a line and a blank line": line(FULL) + line(FULL) + b"\n",
+    "two objects on a line, and one over two lines": line(FULL)
+    + b" "
+    + line(FULL)
+    + b"\n"
+    + line(FULL, message="a}NL{b").replace(b"NL", b"\n"),
+    "a newline in a string and a space": line(FULL, message="aNLb").replace(b"NL", b"\n") + b" " + line(FULL),
+    "an object over two lines": line(FULL).replace(b',"level"', b'\n,"level"'),
+    "a tab in a string": line(FULL, message="a@b").replace(b"@", b"\t"),
+    "a control character in a string": line(FULL, message="a@b").replace(b"@", b"\x01"),
+    "cut after an inner object": line(FULL)[: line(FULL).index(b"}") + 1],
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("times", [1, 300])
+def test_rows_never_get_out_of_step_with_their_lines(text: bytes, times: int) -> None:
+    lines = b"\n".join([text, line(FULL, message="last")] * times).split(b"\n")
+    bulk, single = in_bulk(*lines), one_by_one(*lines)
+    assert bulk.table.slice(125, bulk.table.num_rows - len(PADDING)).equals(single.table)
+    assert [(reject.raw, reject.reason) for reject in bulk.rejects] == [
+        (reject.raw, reject.reason) for reject in single.rejects
+    ]
+    for row, raw in enumerate(b for b in lines if b not in {reject.raw for reject in bulk.rejects} and b.strip()):
+        assert bulk.raw(125 + row) == raw
+
+
+@pytest.mark.parametrize("written", [b"1e2", b"12E2", b"1.5e4", b"-1e2", b'"0200"', b"200", b"9223372036854775808"])
+def test_a_number_in_a_string_field_keeps_its_text_amid_others(written: bytes) -> None:
+    others = [line(FULL, http_response=200 + number % 2) for number in range(600)]
+    odd = line(FULL, http_response="@").replace(b'"@"', written)
+    assert_same([*others, odd, *others])
+
+
+def test_what_was_found_out_about_other_producers_changes_no_result() -> None:
+    producers = [
+        [line({**FULL, **changes, "device-id": f"{number}"}) for number in range(250)] for changes in SHAPES.values()
+    ]
+    mixed = [one for some in zip(*producers, strict=True) for one in some]
+    shapes = Shapes()
+    for lines in (*producers, mixed, *reversed(producers)):
+        text = b"\n".join(lines)
+        known, anew = parse([text], Rules(), 0, shapes=shapes), parse([text], Rules(), 0)
+        assert known.table.equals(anew.table)
+        assert known.rejects == anew.rejects
+
+
+def test_unknown_fields_are_in_the_order_of_their_names_however_they_were_read() -> None:
+    records = [{**FULL, "zulu": "1", "Alpha": 2}, {**FULL, "Alpha": 2, "zulu": "1"}]
+    many = [line(record) for record in records * 200]
+    bulk = parse([b"\n".join(many)], Rules(), 0)
+    assert bulk.table.equals(one_by_one(*many).table)
+    assert [name for name, _ in bulk.table.column("extra-fields")[0].as_py()][-2:] == ["alpha", "zulu"]
