@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from d2p_pipeline.buffer.embedded import EmbeddedRedis
     from d2p_pipeline.buffer.redis import RedisBuffer
+    from d2p_pipeline.ingest.fluent import Completion
     from d2p_pipeline.parquet.encode import Encoding
     from d2p_pipeline.parquet.s3 import Bucket
     from d2p_pipeline.parquet.store import Store
@@ -59,6 +60,14 @@ def check_records(settings: Settings) -> None:
         raise SettingsError([Problem("json_schema_path", str(error.filename), error.strerror or str(error))]) from error
     except ValueError as error:
         raise SettingsError([Problem("records", None, str(error))]) from error
+
+
+def completion(settings: Settings) -> Completion:
+    """What Fluent records get that they lack."""
+    from d2p_pipeline.ingest.fluent import Completion
+
+    defaults = dict(entry.split("=", 1) for entry in settings.fluent_defaults)
+    return Completion(rules(settings), pattern=settings.key_from_tag, defaults=defaults)
 
 
 def embedded(settings: Settings) -> EmbeddedRedis:

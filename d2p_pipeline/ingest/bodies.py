@@ -89,10 +89,10 @@ class Splitter(Protocol):
         ...
 
 
-def splitter(head: bytes, content_type: str, completion: fluent.Completion) -> Splitter:
+def splitter(head: bytes, content_type: str, completion: fluent.Completion, tag: str = "") -> Splitter:
     """What splits a body that begins with `head`, which is not fed."""
     if is_packed(head, content_type):
-        return Packed(completion)
+        return Packed(completion, tag)
     text = head.removeprefix(_BOM)
     if text.lstrip()[:1] == b"[" or _LOGS.match(text) or _INDENTED.match(text):
         return Document()
@@ -143,8 +143,8 @@ class Packed:
     A value is decoded when all of it is there: what it claims of its length is not believed before.
     """
 
-    def __init__(self, completion: fluent.Completion) -> None:
-        self._lines = fluent.Lines(completion)
+    def __init__(self, completion: fluent.Completion, tag: str = "") -> None:
+        self._lines = fluent.Lines(completion, tag)
         self._unpacker = msgpack.Unpacker(max_buffer_size=0)
         self._open = bytearray()
         self._start = 0

@@ -21,7 +21,9 @@ from typing import Any
 import msgpack
 import msgspec
 
+from d2p_pipeline.records.dead_letter import Rejected
 from d2p_pipeline.records.fields import normalize_name, target_name
+from d2p_pipeline.records.normalize import members_of
 from d2p_pipeline.records.rules import Rules
 
 TAG, TIME, METADATA, GROUP = "fluent-tag", "fluent-time", "fluent-metadata", "fluent-group"
@@ -243,22 +245,36 @@ class Completion:
     def complete(self, event: Event, tag: str) -> dict[str, Any]:
         """The event's record, with everything the event and its tag add to it."""
         record = event.record
-        meaning = self._meaning
-        there = {meaning(name) for name, value in record.items() if value is not None}
+        there = self._there(record)
         if self._time_field in there:
             self._keep(record, TIME, str(event.time))
         else:
             record[self._time_field] = str(event.time) if isinstance(event.time, EventTime) else event.time
+        self._fill(record, there, tag)
+        for name, extra in ((METADATA, event.metadata), (GROUP, event.group)):
+            if extra:
+                record.setdefault(name, dict(extra))
+        return record
+
+    def complete_text(self, raw: bytes, tag: str) -> bytes:
+        """A record of JSON text, with what its tag adds to it; what is no object stays as it is."""
+        try:
+            record = members_of(raw)
+        except (Rejected, RecursionError):
+            return raw
+        self._fill(record, self._there(record), tag)
+        return msgspec.json.encode(record)
+
+    def _there(self, record: Mapping[str, Any]) -> set[str]:
+        return {self._meaning(name) for name, value in record.items() if value is not None}
+
+    def _fill(self, record: dict[str, Any], there: set[str], tag: str) -> None:
         if tag:
             self._keep(record, TAG, tag)
         for name, value in (*self._from_tag(tag), *self._defaults.items()):
             if name not in there:
                 record[name] = value
                 there.add(name)
-        for name, extra in ((METADATA, event.metadata), (GROUP, event.group)):
-            if extra:
-                record.setdefault(name, dict(extra))
-        return record
 
     def _from_tag(self, tag: str) -> list[tuple[str, str]]:
         found = self._tag.expression.fullmatch(tag) if self._tag else None

@@ -10,7 +10,6 @@ import uvloop
 from d2p_pipeline import wiring
 from d2p_pipeline.ingest.commit import GroupCommit
 from d2p_pipeline.ingest.counts import Counted, expose
-from d2p_pipeline.ingest.fluent import Completion
 from d2p_pipeline.ingest.forward import Conversion, Credentials, Forward
 from d2p_pipeline.ingest.intake import Intake
 from d2p_pipeline.ingest.pressure import Pressure
@@ -66,13 +65,8 @@ async def _listen(settings: Settings) -> int:
 
 def conversion(settings: Settings) -> Conversion:
     """How messages become records, by the settings."""
-    rules = wiring.rules(settings)
-    defaults = dict(entry.split("=", 1) for entry in settings.fluent_defaults)
-    return Conversion(
-        Intake(rules, max_record_bytes=settings.max_record_bytes),
-        Completion(rules, pattern=settings.key_from_tag, defaults=defaults),
-        max_bytes=settings.max_body_bytes,
-    )
+    intake = Intake(wiring.rules(settings), max_record_bytes=settings.max_record_bytes)
+    return Conversion(intake, wiring.completion(settings), max_bytes=settings.max_body_bytes)
 
 
 def _credentials(settings: Settings) -> Credentials | None:

@@ -9,7 +9,7 @@ answer: then nobody knows, and a repetition under the same Idempotency-Key is ri
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -138,7 +138,7 @@ class Receiver:
         admission = self._admission(scope)
         admission.saw(raw)
         try:
-            text = self._one(raw, scope) if is_packed(raw, "") else raw.strip()
+            text = self._one(raw, scope)
             self._intake.add(text, admission.request)
         except Rejected as error:
             raise HttpError(400, "record_invalid", error.reason) from error
@@ -146,8 +146,11 @@ class Receiver:
         return Answer(201)
 
     def _one(self, body: bytes, scope: Scope) -> bytes:
-        """The only record of a MessagePack body."""
-        packed = Packed(self._completion)
+        """The only record of a body."""
+        tag = _tag(scope)
+        if not is_packed(body, ""):
+            return self._completion.complete_text(body, tag) if tag else body.strip()
+        packed = Packed(self._completion, tag)
         found: list[Raw] = [*packed.feed(body), *packed.end()]
         if len(found) != 1:
             raise Rejected(f"the body has {len(found)} records; send one, or use /records")
@@ -164,11 +167,11 @@ class Receiver:
             admission.saw(whole)
             content_type = "" if whole[:1] in b"{[" else scope.headers.get("content-type", "")
             if is_packed(whole, content_type):
-                packed = Packed(self._completion)
+                packed = Packed(self._completion, _tag(scope))
                 await admission.take_all(packed.feed(whole))
                 await admission.take_all(packed.end())
             else:
-                await admission.take_all(records(whole))
+                await admission.take_all(self._completed_all(records(whole), scope))
         else:
             size = await self._take_pieces(scope, body, admission)
         if admission.records:
@@ -188,13 +191,22 @@ class Receiver:
                 head += piece
                 if len(head) < SNIFFED:
                     continue
-                split, piece, head = splitter(head, content_type, self._completion), head, b""
-            await admission.take_all(split.feed(piece))
+                split, piece, head = splitter(head, content_type, self._completion, _tag(scope)), head, b""
+            await admission.take_all(self._completed_of(split, split.feed(piece), scope))
         if split is None:
-            split = splitter(head, content_type, self._completion)
-            await admission.take_all(split.feed(head))
-        await admission.take_all(split.end())
+            split = splitter(head, content_type, self._completion, _tag(scope))
+            await admission.take_all(self._completed_of(split, split.feed(head), scope))
+        await admission.take_all(self._completed_of(split, split.end(), scope))
         return size
+
+    def _completed_of(self, split: Splitter, raws: Iterable[Raw], scope: Scope) -> Iterable[Raw]:
+        return raws if isinstance(split, Packed) else self._completed_all(raws, scope)
+
+    def _completed_all(self, raws: Iterable[Raw], scope: Scope) -> Iterable[Raw]:
+        """JSON records with what Fluent Bit's tag adds to them, if the request has one."""
+        if not (tag := _tag(scope)):
+            return raws
+        return (raw if isinstance(raw, Misfit) else self._completion.complete_text(raw, tag) for raw in raws)
 
     def _admission(self, scope: Scope) -> Admission:
         key = scope.headers.get("idempotency-key", "")
@@ -234,6 +246,11 @@ class Receiver:
         """Finish what is in flight."""
         await self._commit.close()
         self._buffer.close()
+
+
+def _tag(scope: Scope) -> str:
+    """What Fluent Bit's `http` output says with `header_tag X-Fluent-Tag`."""
+    return scope.headers.get("x-fluent-tag", "")
 
 
 class _Flush(msgspec.Struct, forbid_unknown_fields=True):

@@ -82,7 +82,15 @@ def receiver(settings: Settings) -> "Receiver":
         observe=metrics.committed,
     )
     tokens = Tokens([token.get_secret_value() for token in settings.tokens], settings.tokens_file)
-    return Receiver(buffer, wiring.rules(settings), commit, bodies=bodies, tokens=tokens, metrics=metrics)
+    return Receiver(
+        buffer,
+        wiring.rules(settings),
+        commit,
+        bodies=bodies,
+        tokens=tokens,
+        metrics=metrics,
+        completion=wiring.completion(settings),
+    )
 
 
 application = Application()
