@@ -1,4 +1,4 @@
-"""`d2p generate`: seeded log records to a file, to stdout, to the receiver or straight into Redis."""
+"""`d2p generate`: seeded log records to a file, to stdout, through any door, or straight into Redis."""
 
 import gzip
 import sys
@@ -7,9 +7,13 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from d2p_pipeline.ingest.delivering import Sent
+    from d2p_pipeline.settings import Settings
 
 _WRITE = 1000  # records a write
 _WINDOW = 10_000  # records grouped by key for one Redis pipeline
@@ -38,21 +42,30 @@ def generate(
     logs: Annotated[
         bool, typer.Option("--logs", help='Write one {"logs":[…]} document, valid JSON also with bad records in it.')
     ] = False,
+    target: Annotated[
+        Literal["http", "forward", "sqs", "redis"] | None,
+        typer.Option(help="Send there instead, with the address and the secrets of the settings (D2P_…)."),
+    ] = None,
     http: Annotated[str, typer.Option(metavar="URL", help="Send to the receiver at this URL instead.")] = "",
     token: Annotated[str, typer.Option(help="Bearer token of the receiver.")] = "",
-    connections: Annotated[int, typer.Option(min=1, help="Requests at a time to the receiver.")] = 4,
+    connections: Annotated[int, typer.Option(min=1, help="Requests, or connections, at a time.")] = 4,
     redis: Annotated[
         str, typer.Option(metavar="URL", help="Push straight into the buffers of this Redis instead.")
     ] = "",
-    batch: Annotated[int, typer.Option(min=1, help="Records a request, or a chunk in Redis.")] = 500,
+    forward: Annotated[str, typer.Option(metavar="HOST:PORT", help="Send to this Forward listener instead.")] = "",
+    sqs: Annotated[str, typer.Option(metavar="URL", help="Send to this SQS queue instead.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Records a request, a message, or a chunk in Redis.")] = 500,
 ) -> None:
     """Make seeded log records, for load tests and demos."""
     from d2p_pipeline.ingest import generator
 
-    if len([target for target in (http, redis, out.removeprefix("-")) if target]) > 1:
-        raise typer.BadParameter("the records go to one place: give one of --out, --http and --redis")
-    if logs and (http or redis):
-        raise typer.BadParameter("--logs is a form of file: it goes with --out, not with --http or --redis")
+    named = {"http": http, "forward": forward, "sqs": sqs, "redis": redis}
+    if len([place for place in (target, out.removeprefix("-"), *named.values()) if place]) > 1:
+        options = "--out, --target, --http, --forward, --sqs and --redis"
+        raise typer.BadParameter(f"the records go to one place: give one of {options}")
+    door = target or next((name for name, address in named.items() if address), None)
+    if logs and door:
+        raise typer.BadParameter("--logs is a form of file: it goes with --out")
 
     lines = generator.generate(
         count,
@@ -69,33 +82,103 @@ def generate(
     # A slow rate goes out four times a second, not once a full batch has come together.
     step = max(1, int(rate / 4)) if rate else sys.maxsize
     with _progress(count) as advance:
-        if http:
-            summary = _send(lines, http, token, min(batch, step), connections, advance)
-        elif redis:
-            summary = _push(lines, redis, batch, min(_WINDOW, step), advance)
+        if door == "http":
+            summary = _send(lines, *_receiver(http, token), min(batch, step), connections, advance)
+        elif door == "forward":
+            summary = _send_forward(lines, forward, min(batch, step), connections, advance)
+        elif door == "sqs":
+            summary = _send_sqs(lines, sqs, min(batch, step), connections, advance)
+        elif door == "redis":
+            summary = _push(lines, redis or _redis_url(), batch, min(_WINDOW, step), advance)
         else:
             summary = _write(lines, out, logs, min(_WRITE, step), advance)
-    typer.echo(summary, err=not (http or redis))
+    typer.echo(summary, err=not door)
+
+
+def _settings() -> "Settings":
+    from d2p_pipeline.cli.setup import settings_of
+
+    return settings_of(None)
+
+
+def _receiver(url: str, token: str) -> tuple[str, str]:
+    """The receiver's URL and token: those given, else those of the settings."""
+    if url:
+        return url, token
+    settings = _settings()
+    scheme = "https" if settings.tls_cert else "http"
+    tokens = [token, *(each.get_secret_value() for each in settings.tokens)]
+    return f"{scheme}://{settings.address}:{settings.port}", next(filter(None, tokens), "")
+
+
+def _redis_url() -> str:
+    from d2p_pipeline import wiring
+
+    return wiring.redis_url(_settings())
+
+
+def _account(sent: "Sent") -> str:
+    return f"{sent.accepted} accepted, {sent.dead_lettered} dead-lettered in {sent.requests} requests, {sent.retries} retries"
+
+
+@contextmanager
+def _accounting(option: str) -> Iterator[None]:
+    """What ends a sending early ends the command, with the account of what was sent before."""
+    from d2p_pipeline.ingest.delivering import Undelivered
+
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+    except Undelivered as error:
+        typer.echo(f"{error}\nBefore that: {_account(error.sent)}", err=True)
+        raise typer.Exit(1) from error
 
 
 def _send(
     lines: Iterable[bytes], url: str, token: str, batch: int, connections: int, advance: Callable[[int], None]
 ) -> str:
-    from d2p_pipeline.ingest.sender import Sent, Undelivered, send
+    from d2p_pipeline.ingest.sender import send
 
-    def account(sent: Sent) -> str:
-        return (
-            f"{sent.accepted} accepted, {sent.dead_lettered} dead-lettered "
-            f"in {sent.requests} requests, {sent.retries} retries"
+    with _accounting("--http"):
+        return _account(send(lines, url, batch=batch, connections=connections, token=token, on_progress=advance))
+
+
+def _send_forward(
+    lines: Iterable[bytes], address: str, batch: int, connections: int, advance: Callable[[int], None]
+) -> str:
+    import ssl
+
+    from d2p_pipeline.ingest.forward_sender import send
+
+    settings = _settings()
+    key, users = settings.forward_shared_key, settings.forward_users
+    tls = ssl.create_default_context(cafile=settings.tls_cert) if settings.forward_tls else None
+    with _accounting("--forward"):
+        sent = send(
+            lines,
+            address or f"{settings.forward_address}:{settings.forward_port or 24224}",
+            batch=batch,
+            connections=connections,
+            shared_key=key.get_secret_value() if key else None,
+            user=users[0].get_secret_value() if users else "",
+            tls=tls,
+            on_progress=advance,
         )
+    return f"{sent.accepted} acknowledged in {sent.requests} chunks, {sent.retries} retries"
 
-    try:
-        return account(send(lines, url, batch=batch, connections=connections, token=token, on_progress=advance))
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--http") from error
-    except Undelivered as error:
-        typer.echo(f"{error}\nBefore that: {account(error.sent)}", err=True)
-        raise typer.Exit(1) from error
+
+def _send_sqs(lines: Iterable[bytes], url: str, batch: int, connections: int, advance: Callable[[int], None]) -> str:
+    from d2p_pipeline.ingest.polling import client
+    from d2p_pipeline.ingest.sqs_sender import send
+
+    settings = _settings()
+    queue = url or settings.sqs_queue_url
+    if not queue:
+        raise typer.BadParameter("there is no queue: give sqs_queue_url, or --sqs", param_hint="--target")
+    with _accounting("--sqs"):
+        sent = send(lines, client("sqs", settings), queue, batch=batch, connections=connections, on_progress=advance)
+    return f"{sent.accepted} records sent, {sent.retries} retries"
 
 
 def _push(lines: Iterable[bytes], url: str, batch: int, window: int, advance: Callable[[int], None]) -> str:

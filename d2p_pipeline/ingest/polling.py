@@ -33,10 +33,11 @@ def poll(settings: Settings) -> int:
 async def _poll(settings: Settings) -> int:
     assert settings.sqs_queue_url
     try:
-        client = _client("sqs", settings)
-        queue = Queue(client, settings.sqs_queue_url, wait=settings.sqs_wait, visibility=settings.sqs_visibility)
+        queue = Queue(
+            client("sqs", settings), settings.sqs_queue_url, wait=settings.sqs_wait, visibility=settings.sqs_visibility
+        )
         queue.depth()
-        objects = S3Objects(_client("s3", settings)) if "s3" in settings.sqs_unwrap else None
+        objects = S3Objects(client("s3", settings)) if "s3" in settings.sqs_unwrap else None
     except (BotoCoreError, ClientError) as error:
         log.error("the queue %s cannot be read: %s", settings.sqs_queue_url, error)  # noqa: TRY400
         return 2
@@ -66,7 +67,8 @@ async def _poll(settings: Settings) -> int:
     return 0
 
 
-def _client(service: str, settings: Settings) -> Any:
+def client(service: str, settings: Settings) -> Any:
+    """A client of botocore, as the settings of the queue say."""
     session = Session()
     url_region = _URL_REGION.match(settings.sqs_queue_url or "")
     region = settings.sqs_region or (url_region and url_region[1]) or session.get_config_variable("region")

@@ -23,11 +23,14 @@ from botocore.session import Session
 from hypothesis import given
 from hypothesis import strategies as st
 from redis import Redis
+from typer.testing import CliRunner
 
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Buffer
 from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.cli.main import app
+from d2p_pipeline.ingest import sqs_sender
 from d2p_pipeline.ingest.commit import GroupCommit
 from d2p_pipeline.ingest.intake import Intake
 from d2p_pipeline.ingest.messages import Messages, S3Objects
@@ -499,3 +502,28 @@ def test_a_deep_queue_gets_more_pollers_and_an_empty_one_fewer(queue: TestQueue,
 
     polling(queue, redis_buffer, test)
     assert most > 1
+
+
+# --- the generator
+
+
+def test_generated_records_go_through_a_queue(queue: TestQueue, redis_buffer: RedisBuffer) -> None:
+    environment = {**QUIET, "D2P_SQS_QUEUE_URL": queue.url, "D2P_SQS_ENDPOINT": queue.proxy.url}
+    arguments = ["generate", "1000", "--bad-ratio", "0.1", "--target", "sqs", "--batch", "90"]
+    result = CliRunner().invoke(app, arguments, env=environment)
+    assert (result.exit_code, result.stdout) == (0, "1000 records sent, 0 retries\n"), result.output
+    assert queue.left() == 12
+
+    async def test(pollers: Pollers) -> None:
+        await until(lambda: queue.left() == 0)
+
+    polling(queue, redis_buffer, test)
+    assert (len(stored(redis_buffer)), len(letters(redis_buffer))) == (900, 100)
+
+
+def test_large_records_are_spread_over_messages_that_sqs_takes(queue: TestQueue) -> None:
+    lines = [record(n, text="x" * 60_000).encode() for n in range(10)]
+    assert sqs_sender.send(lines, client("sqs", queue.proxy.url), queue.url, batch=10).accepted == 10
+    sent = [call["MessageBody"].split("\n") for call in queue.proxy.calls("SendMessage")]
+    assert [len(body) for body in sent] == [4, 4, 2]
+    assert [line.encode() for body in sent for line in body] == lines
