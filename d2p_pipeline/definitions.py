@@ -9,7 +9,7 @@ from d2p_pipeline.orchestration.alerts import alerts
 from d2p_pipeline.orchestration.assets import parquet_files
 from d2p_pipeline.orchestration.checks import books_balance, oldest_record_is_young
 from d2p_pipeline.orchestration.dead_letters import dead_letters, discard_dead_letters, replay_dead_letters
-from d2p_pipeline.orchestration.flush import acknowledge, flush
+from d2p_pipeline.orchestration.flush import acknowledge, flush, read_records, validate_records
 from d2p_pipeline.orchestration.housekeeping import hourly_housekeeping, housekeeping
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager, UnitMemory
 from d2p_pipeline.orchestration.recovery import recover, recovery, recovery_sensor
@@ -37,7 +37,7 @@ def build_defs(s3: "S3Resource | None" = None) -> dg.Definitions:
         resources={
             "delivery_parts": DeliveryResource(),
             "parquet": ParquetIOManager(s3=s3) if s3 else ParquetIOManager(),
-            "memory": UnitMemory(last_op=acknowledge.name),
+            "memory": UnitMemory(last_op=acknowledge.name, spent={validate_records.name: read_records.name}),
             **({"s3": s3} if s3 else {}),
         },
         executor=dg.in_process_executor,

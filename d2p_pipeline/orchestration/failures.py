@@ -60,13 +60,16 @@ def no_retry_if_permanent() -> Iterator[None]:
         raise
 
 
-@dg.failure_hook(name="to_recovery", required_resource_keys={"delivery_parts"})
+@dg.failure_hook(name="to_recovery", required_resource_keys={"delivery_parts", "memory"})
 def to_recovery(context: dg.HookContext) -> None:
     """A unit's step failed for good: its batches wait in recovery, each as a partition of the asset `recovery`."""
     number = re.search(r"\[(\d+)\]$", context.step_key)
     error = context.op_exception
-    if number is None or isinstance(error, ClaimLostError) or isinstance(error and error.__cause__, ClaimLostError):
-        return  # nothing is claimed yet, or another run has the batch
+    if number is None:
+        return  # nothing is claimed yet
+    context.resources.memory.let_go(number[1])
+    if isinstance(error, ClaimLostError) or isinstance(error and error.__cause__, ClaimLostError):
+        return  # another run has the batch
     parts: DeliveryResource = context.resources.delivery_parts
     for part in parts.unit(int(number[1])).parts:
         put_into_recovery(parts, part.claim, context.op_exception, context.instance, context.log)

@@ -1,6 +1,6 @@
 """Where outputs of ops go: files through the store, everything else in memory for as long as its unit is worked on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -49,7 +49,10 @@ class ParquetIOManager(dg.ConfigurableIOManager):
         return self.s3.get_client if self.s3 else None
 
     def handle_output(self, context: dg.OutputContext, obj: Announced) -> None:
-        written = self.write(obj)
+        try:
+            written = self.write(obj)
+        finally:
+            empty(obj)
         self._written[_step(context)] = written
         context.add_output_metadata(
             {
@@ -100,21 +103,32 @@ class ParquetIOManager(dg.ConfigurableIOManager):
 
 
 class UnitMemory(dg.IOManager):
-    """Keeps a unit's values between its ops, and lets go of all of them when the unit's last op has run.
+    """Keeps a unit's values between its ops, and lets go of all of them when the unit's last op has run or one has failed.
 
-    Dagster's own memory IO manager keeps every value until the run ends: a run's memory would grow with its units.
+    Dagster's own memory IO manager keeps every value until the run ends: a run's memory would grow with its units. `spent`
+    tells which op's value nobody needs when an op has given its own.
     """
 
-    def __init__(self, last_op: str) -> None:
+    def __init__(self, last_op: str, spent: Mapping[str, str]) -> None:
         self._last_op = last_op
+        self._spent = spent
         self._values: dict[str | None, dict[str, Any]] = {}
 
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
         unit = _unit(context)
         if _step(context).startswith(f"{self._last_op}["):
-            self._values.pop(unit, None)
+            self.let_go(unit)
             unit = None
-        self._values.setdefault(unit, {})[_step(context)] = obj
+        values = self._values.setdefault(unit, {})
+        values[_step(context)] = obj
+        op, _, rest = _step(context).partition("[")
+        if op in self._spent:
+            empty(values.pop(f"{self._spent[op]}[{rest}"))
+
+    def let_go(self, unit: str | None) -> None:
+        """Empty a unit's values."""
+        for value in self._values.pop(unit, {}).values():
+            empty(value)
 
     def load_input(self, context: dg.InputContext) -> object:
         output = context.upstream_output
@@ -123,6 +137,17 @@ class UnitMemory(dg.IOManager):
             if _step(output) in values:
                 return values[_step(output)]
         raise KeyError(f"{_step(output)} is not in memory: run the job from its start, not from a failed step")
+
+
+def empty(value: object) -> None:
+    """Clear the lists in a value that nobody needs any more.
+
+    Dagster's step contexts hold what their steps gave and refer to each other in circles, so that the value itself stays
+    until Python looks for such: a run of a large batch held several units that way.
+    """
+    for member in getattr(value, "__dict__", {}).values():
+        if isinstance(member, list):
+            member.clear()
 
 
 def _unit(context: dg.OutputContext) -> str | None:
