@@ -23,7 +23,7 @@ from d2p_pipeline import __version__
 from d2p_pipeline.buffer.lease import Leases
 from d2p_pipeline.buffer.protocol import Announcement, Batch, BatchRef, Buffer, Claim, ClaimLostError
 from d2p_pipeline.parquet.encode import Encoding, encode, split
-from d2p_pipeline.parquet.layout import file_path, md5_of, with_md5
+from d2p_pipeline.parquet.layout import file_path, md5_of, with_token
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter
@@ -246,24 +246,25 @@ def build(rows: Rows, rules: Rules, encoding: Encoding, *, partition_time: str, 
 def announce(buffer: Buffer, unit: Unit, files: list[ParquetFile]) -> Announced:
     """Say what is about to be written. Raises ClaimLostError when another run took a batch since: nothing may be written."""
     found = _announced(buffer, unit.parts, files)
-    # An earlier attempt may have written other content under these names, and may yet do it if it is only paused. It will
-    # not write this content, so a name with its MD5 is out of its reach.
+    # An earlier attempt that is only paused may yet write other content under these names, or remove them.
     contested = [part for part, strays in found.items() if strays is None]
     if contested:
         files = [
-            replace(file, path=with_md5(file.path, md5_of(file.data))) if file.part in contested else file
+            replace(file, path=with_token(file.path, file.part.claim.token)) if file.part in contested else file
             for file in files
         ]
-        found |= _announced(buffer, contested, files)
+        found |= _announced(buffer, contested, files, own=True)
     return Announced(files, [stray for strays in found.values() for stray in strays or ()])
 
 
-def _announced(buffer: Buffer, parts: Sequence[Part], files: list[ParquetFile]) -> dict[Part, list[str] | None]:
+def _announced(
+    buffer: Buffer, parts: Sequence[Part], files: list[ParquetFile], *, own: bool = False
+) -> dict[Part, list[str] | None]:
     contents: dict[Part, dict[str, str]] = {part: {} for part in parts}
     for file in files:
         if file.part in contents:
             contents[file.part][file.path] = md5_of(file.data)
-    announcements = [Announcement(part.claim, part.number, content) for part, content in contents.items()]
+    announcements = [Announcement(part.claim, part.number, content, own) for part, content in contents.items()]
     return dict(zip(parts, buffer.announce(announcements), strict=True))
 
 

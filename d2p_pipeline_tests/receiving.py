@@ -26,17 +26,20 @@ class RunningReceiver:
             port = listener.getsockname()[1]
         self.log = directory / f"receiver-{port}.log"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("D2P_")}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "d2p_pipeline.cli.main", "receive", "--port", str(port)],
-                env={**environment, **{f"D2P_{name.upper()}": value for name, value in settings.items()}},
-                cwd=directory,
-                stdout=log,
-                stderr=log,
-            )
+        self._environment = environment | {f"D2P_{name.upper()}": value for name, value in settings.items()}
+        self._command = [sys.executable, "-m", "d2p_pipeline.cli.main", "receive", "--port", str(port)]
+        self.process = self.start()
         self.url = f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
         self._wait()
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Start the process; again when it has ended."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, env=self._environment, cwd=self.log.parent, stdout=log, stderr=log
+            )
+        return self.process
 
     def _wait(self) -> None:
         deadline = time.monotonic() + 30

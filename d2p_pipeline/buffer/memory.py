@@ -284,9 +284,13 @@ class MemoryBuffer:
         sealed = self._sealed.get(one.claim.batch)
         if sealed is None or _is_done(sealed) or sealed.batch.token != one.claim.token:
             raise ClaimLostError(one.claim)
-        earlier = {**sealed.files.get(one.unit, {}), **sealed.strays.get(one.unit, {})}
-        if any(one.files.get(path, md5) != md5 for path, md5 in earlier.items()):
+        files, strays = sealed.files.get(one.unit, {}), sealed.strays.get(one.unit, {})
+        taken = not strays.keys().isdisjoint(one.files) or any(
+            one.files.get(path, md5) != md5 for path, md5 in files.items()
+        )
+        if taken and not one.own:
             return None
+        earlier = {**files, **strays}
         sealed.files[one.unit] = one.files
         sealed.strays[one.unit] = {path: md5 for path, md5 in earlier.items() if path not in one.files}
         return list(sealed.strays[one.unit])

@@ -106,6 +106,8 @@ class Announcement(msgspec.Struct, frozen=True):
     unit: int
     files: Mapping[str, str]
     """Path to MD5 of the content."""
+    own: bool = False
+    """The names are this claim's alone: no other attempt ever uses them."""
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -253,7 +255,8 @@ class Buffer(Protocol):
         """Say what is about to be written; raises `ClaimLostError`.
 
         Returns, for each, the paths that earlier attempts announced and it does not: they must be gone before the
-        acknowledgement. None: an earlier attempt announced other content under one of its paths, which is nobody's now.
+        acknowledgement. None: an earlier attempt, perhaps only paused, may yet write other content under one of its paths, or
+        remove it; choose names of its own.
         """
         ...
 

@@ -262,7 +262,7 @@ class RedisBuffer:
                 Call(
                     "announce",
                     [self._names.of("batch-meta", *one.claim.batch)],
-                    [one.claim.token, one.unit, msgspec.json.encode(one.files), _KEEP_STRAYS],
+                    [one.claim.token, one.unit, msgspec.json.encode(one.files), _KEEP_STRAYS, int(one.own)],
                 )
                 for one in announcements
             ]

@@ -23,6 +23,8 @@ _ESCAPED = re.compile(r"""[\x00-\x1f\x7f"#%'*/:=?\\{\[\]^]""")
 _LONGEST = 255
 _DIGEST_LENGTH = 32
 
+_AFTER_UNIT = re.compile(r"((?:-[0-9a-f]{32})?\.parquet)$")
+
 _PLAIN_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*", re.ASCII)
 
 
@@ -56,9 +58,9 @@ def md5_of(data: "Buffer") -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-def with_md5(path: str, md5: str) -> str:
-    """The path of the same file with its MD5 in the name."""
-    return f"{path.removesuffix('.parquet')}-{md5}.parquet"
+def with_token(path: str, token: int) -> str:
+    """The path of a file that an attempt keeps apart from those of earlier attempts: `<batch>-<unit>.<token>[-<md5>].parquet`."""
+    return _AFTER_UNIT.sub(rf".{token}\1", path)
 
 
 def component(name: str, value: str) -> str:

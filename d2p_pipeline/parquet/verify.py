@@ -63,7 +63,7 @@ def _footer_problems(metadata: pq.FileMetaData, name: str) -> Iterator[str]:
         yield f"its footer lacks {', '.join(missing)}"
     else:
         unit = f"{entries['d2p.batch'].decode('utf-8', 'replace')}-{entries['d2p.unit'].decode('utf-8', 'replace')}"
-        if not re.fullmatch(re.escape(unit) + r"(-[0-9a-f]{32})?\.parquet", name):
+        if not re.fullmatch(re.escape(unit) + r"(\.\d+)?(-[0-9a-f]{32})?\.parquet", name):
             yield f"its name is not that of {unit}, which its footer names"
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):

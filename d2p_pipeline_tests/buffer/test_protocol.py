@@ -1,8 +1,21 @@
 """What every buffer promises, on Redis and in memory."""
 
+from collections.abc import Iterator
+from itertools import count
+
 import pytest
 
-from d2p_pipeline.buffer.protocol import Batch, BatchRef, Buffer, ClaimLostError, Push, Seal, Totals
+from d2p_pipeline.buffer.protocol import (
+    Announcement,
+    Batch,
+    BatchRef,
+    Buffer,
+    Claim,
+    ClaimLostError,
+    Push,
+    Seal,
+    Totals,
+)
 
 LEASE = 60_000
 STRANGE_KEYS = ["a/b", "..", "two words", "a:b", "100%", "%7B", "{}", "日本 🎉", "x" * 500, "a,b", "new\nline", "*[?]"]
@@ -133,6 +146,48 @@ def test_the_first_plan_stays(buffer: Buffer) -> None:
     assert found
     assert found.plan == ((0, 1), (1, 2))
     assert buffer.plan(BatchRef("k", "unknown"), [(0, 1)]) is None
+
+
+def announced(buffer: Buffer, claim: Claim, *names: str, content: str = "", own: bool = False) -> list[str] | None:
+    [strays] = buffer.announce([Announcement(claim, 0, dict.fromkeys(names, content), own)])
+    return strays and sorted(strays)
+
+
+def successive(buffer: Buffer, ref: BatchRef) -> Iterator[Claim]:
+    """One claim after the other, each taken when the last one's lease has ended."""
+    for number in count():
+        claim = buffer.claim(ref, f"run {number}", LEASE)
+        assert claim
+        yield claim
+        buffer.release(claim)
+
+
+def test_an_attempt_is_told_what_earlier_ones_announced_and_it_does_not(buffer: Buffer) -> None:
+    push(buffer, "k", b"one")
+    claims = successive(buffer, seal(buffer, "k").ref)
+    first = next(claims)
+    assert announced(buffer, first, "a", "b") == []
+    assert announced(buffer, first, "a", "b") == []
+    second = next(claims)
+    assert announced(buffer, second, "b", "c") == ["a"]
+    assert announced(buffer, next(claims), "c", "d") == ["a", "b"]
+    with pytest.raises(ClaimLostError):
+        announced(buffer, second, "e")
+    assert buffer.announced(second.batch, 0) == {"c": "", "d": ""}
+    assert buffer.announced(second.batch, 1) is None
+
+
+def test_a_name_is_not_shared_with_other_content_nor_with_who_may_remove_it(buffer: Buffer) -> None:
+    push(buffer, "k", b"one")
+    claims = successive(buffer, seal(buffer, "k").ref)
+    announced(buffer, next(claims), "a", "b", content="first")
+    second = next(claims)
+    assert announced(buffer, second, "a", content="second") is None
+    assert announced(buffer, second, "a", content="first") == ["b"]
+    third = next(claims)
+    assert announced(buffer, third, "a", "b", content="first") is None
+    assert announced(buffer, third, "own", content="first", own=True) == ["a", "b"]
+    assert announced(buffer, third, "own", content="again", own=True) == ["a", "b"]
 
 
 def test_a_batch_is_removed_with_its_last_unit_and_each_acknowledgement_counts_once(buffer: Buffer) -> None:

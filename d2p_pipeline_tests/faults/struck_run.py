@@ -1,12 +1,14 @@
-"""A flush run in a process of its own that a signal strikes at a named point.
+"""A flush run, or a tick of the buffer sensor, in a process of its own that a signal strikes at a named point.
 
 A point is `before:STEP:N` or `after:STEP:N`: the Nth call of a step of the delivery, of a file's write or removal, or of a
 step of the buffer. The run is the real job in a real process; only the blow is added. Processes are forked from a server that
 has imported the libraries, so that one costs a fraction of a second.
 """
 
+import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,24 +19,27 @@ from typing import Any
 from d2p_pipeline.buffer.protocol import BatchRef
 
 _FORKS = multiprocessing.get_context("forkserver")
-# None of the modules that read settings when they are imported.
-_FORKS.set_forkserver_preload(["dagster", "pandera.polars", "pyarrow.parquet", "d2p_pipeline.buffer.redis"])
+_FORKS.set_forkserver_preload(["d2p_pipeline_tests.faults.preloaded"])
 
 
-class StruckRun:
-    """A run over batches; `blow` hits it at `point`, if any. `settings` beside those of this process."""
+class Struck:
+    """A process that `blow` hits at `point`, if any. `settings` beside those of this process."""
 
     def __init__(
         self,
+        work: Callable[..., int],
+        arguments: Sequence[Any],
         log: Path,
-        refs: Sequence[BatchRef],
         point: str = "",
         blow: signal.Signals = signal.SIGKILL,
         settings: Mapping[str, str] | None = None,
+        file_bytes: int | None = None,
     ) -> None:
         self._log = log
         environment = os.environ | {f"D2P_{name.upper()}": value for name, value in (settings or {}).items()}
-        self.process = _FORKS.Process(target=_run, args=(log, environment, list(refs), point, int(blow)), daemon=True)
+        self.process = _FORKS.Process(
+            target=_work, args=(work, arguments, log, environment, point, int(blow), file_bytes), daemon=True
+        )
         self.process.start()
 
     @property
@@ -64,6 +69,29 @@ class StruckRun:
     def output(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
+    def has_ended(self) -> bool:
+        return self.process.exitcode is not None
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+class StruckRun(Struck):
+    """A flush over batches."""
+
+    def __init__(
+        self,
+        log: Path,
+        refs: Sequence[BatchRef],
+        point: str = "",
+        blow: signal.Signals = signal.SIGKILL,
+        settings: Mapping[str, str] | None = None,
+        file_bytes: int | None = None,
+    ) -> None:
+        self.refs = refs
+        self.can_be_killed = bool(point) and blow == signal.SIGKILL
+        super().__init__(_flush, [list(refs)], log, point, blow, settings, file_bytes)
+
 
 def _state(pid: int) -> str:
     """One letter, as in ps; empty when there is no such process."""
@@ -73,14 +101,31 @@ def _state(pid: int) -> str:
         return ""
 
 
-def _run(log: Path, environment: dict[str, str], refs: list[BatchRef], point: str, blow: int) -> None:
-    with log.open("ab") as output:
+def _work(
+    work: Callable[..., int],
+    arguments: Sequence[Any],
+    log: Path,
+    environment: dict[str, str],
+    point: str,
+    blow: int,
+    file_bytes: int | None,
+) -> None:
+    # The limit would hit the log, too.
+    with (log if file_bytes is None else Path(os.devnull)).open("ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
     if point:
         strike_at(point, signal.Signals(blow))
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    code = work(*arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _flush(refs: Sequence[BatchRef]) -> int:
     import dagster as dg
 
     from d2p_pipeline.definitions import defs
@@ -88,9 +133,26 @@ def _run(log: Path, environment: dict[str, str], refs: list[BatchRef], point: st
     config = {"ops": {"plan_units": {"config": {"batches": [{"key": ref.key, "id": ref.id} for ref in refs]}}}}
     with dg.DagsterInstance.ephemeral() as instance:
         job = defs.resolve_job_def("flush")
-        succeeded = job.execute_in_process(instance=instance, run_config=config, raise_on_error=False).success
-    sys.stdout.flush()
-    os._exit(not succeeded)
+        return not job.execute_in_process(instance=instance, run_config=config, raise_on_error=False).success
+
+
+def tick(requests: Path) -> int:
+    """Evaluate the buffer sensor as the daemon does; the runs it asks for are written to a file, whole or not at all."""
+    import dagster as dg
+
+    from d2p_pipeline.orchestration.sensor import buffer_sensor
+
+    with dg.DagsterInstance.ephemeral() as instance, dg.build_sensor_context(instance=instance) as context:
+        asked = buffer_sensor(context)
+    found = [request.run_config for request in getattr(asked, "run_requests", None) or _all(asked)]
+    temporary = requests.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found))
+    temporary.rename(requests)
+    return 0
+
+
+def _all(asked: Any) -> list[Any]:
+    return [request for request in asked if hasattr(request, "run_config")]
 
 
 def strike_at(point: str, blow: signal.Signals) -> None:
@@ -131,4 +193,6 @@ def _steps() -> dict[str, tuple[Any, str]]:
         "acknowledge": (RedisBuffer, "acknowledge"),
         "release": (RedisBuffer, "release"),
         "seal": (RedisBuffer, "seal"),
+        "postpone": (RedisBuffer, "postpone"),
+        "reconcile": (RedisBuffer, "reconcile"),
     }

@@ -2,11 +2,13 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from redis import Redis
 
 from d2p_pipeline.buffer.protocol import Batch, Seal, Totals
+from d2p_pipeline.parquet.verify import verify
 from d2p_pipeline_tests.faults.struck_run import StruckRun
 from d2p_pipeline_tests.pipeline import Pipeline, line
 
@@ -75,13 +77,27 @@ def test_an_attempt_that_dies_while_it_removes_leaves_the_rest_to_the_next(
     assert each_record_is_there_once(pipeline)
 
 
-def test_the_first_settings_again_keep_the_first_files(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_that_wakes_up_to_remove_does_not_remove_what_was_delivered(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = sealed(pipeline)
     killed(pipeline, BY_EVENT, batch, "before:acknowledge:1")
-    files = pipeline.files()
+    late = paused(pipeline, HASHED, batch, "before:remove:1")
+    deliver(pipeline, BY_EVENT, batch, monkeypatch)
+    late.resume()
+    late.wait()
+    assert each_record_is_there_once(pipeline)
+
+
+def test_the_first_settings_again_give_files_of_other_names(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = sealed(pipeline)
+    killed(pipeline, BY_EVENT, batch, "before:acknowledge:1")
     killed(pipeline, HASHED, batch, "before:acknowledge:1")
     deliver(pipeline, BY_EVENT, batch, monkeypatch)
-    assert pipeline.files() == files
+    assert [Path(file).name for file in pipeline.files()] == ["B1-0.3.parquet", "B1-0.3.parquet"]
+    assert all(not verify(pipeline.root / file).problems for file in pipeline.files())
     assert each_record_is_there_once(pipeline)
 
 
