@@ -7,8 +7,14 @@ import dagster as dg
 from d2p_pipeline import wiring
 from d2p_pipeline.orchestration.alerts import alerts
 from d2p_pipeline.orchestration.assets import parquet_files
-from d2p_pipeline.orchestration.checks import books_balance, oldest_record_is_young
-from d2p_pipeline.orchestration.dead_letters import dead_letters, discard_dead_letters, replay_dead_letters
+from d2p_pipeline.orchestration.checks import books_balance, few_are_rejected, oldest_record_is_young
+from d2p_pipeline.orchestration.dead_letters import (
+    dead_letters,
+    discard_dead_letters,
+    replay_dead_letters,
+    spill_dead_letters,
+    spilling,
+)
 from d2p_pipeline.orchestration.flush import acknowledge, flush, read_records, validate_records
 from d2p_pipeline.orchestration.housekeeping import hourly_housekeeping, housekeeping
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager, UnitMemory
@@ -30,10 +36,14 @@ def build_defs(s3: "S3Resource | None" = None) -> dg.Definitions:
         wiring.check_s3_resource(settings, s3)
     return dg.Definitions(
         assets=[parquet_files, recovery, dead_letters],
-        asset_checks=[books_balance, oldest_record_is_young(settings.lag_limit)],
-        jobs=[flush, recover, inspect, replay_dead_letters, discard_dead_letters, housekeeping],
+        asset_checks=[
+            books_balance,
+            oldest_record_is_young(settings.lag_limit),
+            few_are_rejected(settings.reject_limit, settings.reject_window),
+        ],
+        jobs=[flush, recover, inspect, replay_dead_letters, discard_dead_letters, spill_dead_letters, housekeeping],
         sensors=[buffer_sensor, recovery_sensor, alerts],
-        schedules=[periodic_flush(settings.flush_cron), inspection, hourly_housekeeping],
+        schedules=[periodic_flush(settings.flush_cron), inspection, spilling, hourly_housekeeping],
         resources={
             "delivery_parts": DeliveryResource(),
             "parquet": ParquetIOManager(s3=s3) if s3 else ParquetIOManager(),

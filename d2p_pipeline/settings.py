@@ -196,6 +196,7 @@ CountOrNone = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
 Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(ge=1)]
 BytesOrNone = Annotated[int, BeforeValidator(_read_bytes), Field(ge=0)]
 Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1)]
 Days = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0)]
 SecondsOrNone = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0)]
 Port = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=65535)]
@@ -364,6 +365,10 @@ class Settings(BaseSettings):
     """Runs asked for in one tick of the sensor, less those that still wait to start; while that many wait, buffers grow."""
     use_dlq: bool = True
     """Keep rejected records, with the reason, as dead letters; `false`: they are counted, logged and dropped."""
+    dlq_max_records: Count = 10_000
+    """Dead letters of one key kept in Redis; the oldest ones beyond that move to files under `_dead_letters/`."""
+    dlq_max_bytes: Bytes = 64 * 2**20
+    """Memory that one key's dead letters may take in Redis before the oldest ones move to files."""
     write_retries: CountOrNone = 3
     """Repetitions of a step that failed for a reason that may pass, before its batches go into recovery."""
     write_retry_delay: Seconds = 1.0
@@ -378,6 +383,10 @@ class Settings(BaseSettings):
     """Batches in recovery that one run delivers."""
     lag_limit: Seconds = 900.0
     """Seconds that a record may wait for its file before the check `oldest_record` turns red."""
+    reject_limit: Share = 0.05
+    """Share of a key's records that may be rejected within `reject_window` before the check `reject_share` turns red."""
+    reject_window: Seconds = 3600.0
+    """Seconds that the check `reject_share` looks back."""
     recovery_delay: Seconds = 60.0
     """Seconds before the first automatic delivery; doubled for each further one, up to an hour."""
 

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
     from d2p_pipeline.buffer.embedded import EmbeddedRedis
     from d2p_pipeline.buffer.redis import RedisBuffer
+    from d2p_pipeline.dead_letters import DeadLetters
     from d2p_pipeline.ingest.fluent import Completion
     from d2p_pipeline.parquet.encode import Encoding
     from d2p_pipeline.parquet.s3 import Bucket
     from d2p_pipeline.parquet.store import Store
     from d2p_pipeline.settings import Settings
+    from d2p_pipeline.spill import Limits
 
 
 def rules(settings: Settings) -> Rules:
@@ -100,6 +102,33 @@ def open_buffer(settings: Settings) -> tuple[RedisBuffer, list[str]]:
     )
     buffer = RedisBuffer(client, names, full_records=settings.buffer_size, full_bytes=settings.flush_bytes)
     return buffer, warnings
+
+
+def dead_letters(settings: Settings, buffer: RedisBuffer, store_of: Callable[[], Store] | None = None) -> DeadLetters:
+    """The buffer's dead letters, with the files beside the data; `store_of` opens another store than the settings'."""
+    from d2p_pipeline.dead_letters import DeadLetters
+
+    return DeadLetters(buffer, store_of or (lambda: store(settings)))
+
+
+def spill_limits(settings: Settings) -> Limits:
+    """What a key's queue of dead letters may hold."""
+    from d2p_pipeline.spill import Limits
+
+    return Limits(letters=settings.dlq_max_records, size=settings.dlq_max_bytes)
+
+
+def canonical(settings: Settings) -> Callable[[bytes], tuple[str, bytes]]:
+    """From a record to its key and canonical line, as the receiver makes them; raises Rejected."""
+    from d2p_pipeline.records.accept import acceptor
+
+    accept = acceptor(rules(settings))
+
+    def of(raw: bytes) -> tuple[str, bytes]:
+        found = accept.canonical(raw)
+        return found.key, found.line
+
+    return of
 
 
 def store(settings: Settings, s3_client: Callable[[], Any] | None = None, *, is_patient: bool = True) -> Store:

@@ -344,21 +344,6 @@ class MemoryBuffer:
         with self._lock:
             return self._dead_letters.get(key, [])[start:stop]
 
-    def remove_dead_letters(self, key: str, letters: Sequence[bytes], *, discarded: bool) -> int:
-        with self._lock:
-            queue = self._dead_letters.get(key, [])
-            removed = 0
-            for letter in letters:
-                if letter in queue:
-                    queue.remove(letter)
-                    removed += 1
-            old = self._totals.get(key, Totals(0, 0, 0))
-            accepted = old.accepted if discarded else old.accepted - removed
-            self._totals[key] = Totals(
-                accepted, old.rows, old.dead_letters - removed, old.discarded + (removed if discarded else 0)
-            )
-            return removed
-
     def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
         with self._lock:
             return iter([(key, len(letters)) for key, letters in self._dead_letters.items() if letters])

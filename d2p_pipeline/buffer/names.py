@@ -51,3 +51,8 @@ class Names(msgspec.Struct, frozen=True):
         head, _, batch_id = name.decode(errors="surrogateescape").rpartition(":")
         key = self.key_of(head.encode(errors="surrogateescape"), prefix)
         return None if key is None else (key, batch_id)
+
+
+def glob(prefix: str) -> str:
+    """A pattern that only `prefix` itself matches."""
+    return "".join(f"\\{char}" if char in "*?[]\\^" else char for char in prefix)

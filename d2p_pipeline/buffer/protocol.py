@@ -279,15 +279,11 @@ class Buffer(Protocol):
         ...
 
     def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
-        """Dead letters `start` to `stop` (exclusive; None: the last) of a key, oldest first."""
-        ...
-
-    def remove_dead_letters(self, key: str, letters: Sequence[bytes], *, discarded: bool) -> int:
-        """Take letters out of a queue: discarded, or replayed and so counted again; returns how many were there."""
+        """Dead letters `start` to `stop` (exclusive; None: the last) of a key's queue, oldest first."""
         ...
 
     def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
-        """Keys that have dead letters, with how many."""
+        """Keys that have dead letters in their queues, with how many."""
         ...
 
     def totals(self) -> Iterator[tuple[str, Totals]]:

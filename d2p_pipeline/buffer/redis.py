@@ -13,7 +13,8 @@ from typing import Any, Literal, cast
 import msgspec
 from redis.exceptions import RedisError
 
-from d2p_pipeline.buffer.names import Names
+from d2p_pipeline.buffer.letters import LetterQueues
+from d2p_pipeline.buffer.names import Names, glob
 from d2p_pipeline.buffer.protocol import (
     Announcement,
     Batch,
@@ -46,6 +47,7 @@ class RedisBuffer:
     def __init__(self, client: Client, names: Names, *, full_records: int, full_bytes: int) -> None:
         self._server = Server(client)
         self._run, self._one = self._server.run, self._server.one
+        self.letters = LetterQueues(self._server, names)
         self._names = names
         self._full_records = full_records
         self._full_bytes = full_bytes
@@ -304,11 +306,6 @@ class RedisBuffer:
     def dead_letters(self, key: str, start: int = 0, stop: int | None = None) -> list[bytes]:
         return self._one("LRANGE", self._names.of(self._names.dlq, key), start, -1 if stop is None else stop - 1)
 
-    def remove_dead_letters(self, key: str, letters: Sequence[bytes], *, discarded: bool) -> int:
-        keys = [self._names.of(self._names.dlq, key), self._names.of("totals", key)]
-        [removed] = self._run([Call("remove", keys, [int(discarded), *letters])])
-        return removed
-
     def dead_letter_keys(self) -> Iterator[tuple[str, int]]:
         yield from self._values_of(self._names.dlq, "LLEN")
 
@@ -331,7 +328,7 @@ class RedisBuffer:
             yield from zip((key for key, _ in page), replies, strict=True)
 
     def _keys_of(self, prefix: str) -> Iterator[tuple[str, bytes]]:
-        for name in self._server.names(f"{_glob(prefix)}:{{*"):
+        for name in self._server.names(f"{glob(prefix)}:{{*"):
             key = self._names.key_of(name, prefix)
             if key is not None:
                 yield key, name
@@ -414,10 +411,6 @@ def _ref(member: bytes) -> BatchRef:
 
 def _text(value: bytes) -> str:
     return value.decode(errors="surrogateescape")
-
-
-def _glob(prefix: str) -> str:
-    return "".join(f"\\{char}" if char in "*?[]\\^" else char for char in prefix)
 
 
 def _batch(ref: BatchRef, meta: dict[bytes, bytes]) -> Batch:

@@ -1,4 +1,4 @@
-"""`d2p dlq`: dead letters, listed, shown, replayed and discarded."""
+"""`d2p dlq`: dead letters, listed, shown, replayed and discarded, in Redis and in the files beside the data."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ import typer
 from d2p_pipeline.cli.setup import ConfigFile, redis, settings_of
 
 if TYPE_CHECKING:
-    from d2p_pipeline.buffer.redis import RedisBuffer
-    from d2p_pipeline.dead_letters import Outcome, Selection
+    from d2p_pipeline.dead_letters import DeadLetters, Mend, Outcome, Selection, Stored
     from d2p_pipeline.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Look at dead letters, replay them, throw them away.")
@@ -19,9 +18,13 @@ app = typer.Typer(no_args_is_help=True, help="Look at dead letters, replay them,
 Keys = Annotated[list[str] | None, typer.Option("--key", "-k", help="Of this key; may be repeated. Default: all keys.")]
 Reason = Annotated[str, typer.Option(help="Whose reason contains this text.")]
 Stage = Annotated[str, typer.Option(help="Rejected at this stage: receive, parse or validate.")]
-Since = Annotated[datetime | None, typer.Option(help="Received since then (UTC).")]
-Until = Annotated[datetime | None, typer.Option(help="Received until then (UTC).")]
+Since = Annotated[str, typer.Option(help="Received since then: 2026-11-21, or 2026-11-21T10:30:00+01:00; else UTC.")]
+Until = Annotated[str, typer.Option(help="Received until then.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would happen.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+SHOWN_BYTES = 10_000
+"""Of a record that is printed for people; `--json` prints all of it."""
 
 
 @app.command("list")
@@ -30,29 +33,46 @@ def list_(
     key: Keys = None,
     reason: Reason = "",
     stage: Stage = "",
-    since: Since = None,
-    until: Until = None,
+    since: Since = "",
+    until: Until = "",
+    as_json: Json = False,
 ) -> None:
-    """Count dead letters by key, stage and reason, with when the first and the last came."""
+    """Count dead letters by key, stage and reason, with when the first and the last came.
+
+    `--json` prints an array of objects.
+    """
+    selection = _selection(key, reason, stage, since, until)
+    with _letters(config) as (_, letters):
+        groups = letters.count(selection)
+    rows = [
+        {
+            "key": name,
+            "stage": at,
+            "reason": why,
+            "letters": group.letters,
+            "first": _moment(group.first),
+            "last": _moment(group.last),
+        }
+        for (name, at, why), group in groups.items()
+    ]
+    if as_json:
+        typer.echo(_json(rows))
+    elif not rows:
+        typer.echo("No dead letters.")
+    else:
+        _print(rows)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from d2p_pipeline.dead_letters import select
-
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    with _buffer(config) as (_, buffer):
-        for stored in select(buffer, _selection(key, reason, stage, since, until)):
-            group = groups.setdefault((stored.key, stored.letter.stage, stored.letter.reason), [0, 1 << 62, 0])
-            received = stored.letter.received_at
-            group[:] = [group[0] + 1, min(group[1], received), max(group[2], received)]
-    if not groups:
-        typer.echo("No dead letters.")
-        return
     table = Table(box=None, header_style="bold")
-    for name in ("key", "stage", "reason", "letters", "first", "last"):
+    for name in rows[0]:
         table.add_column(name, justify="right" if name == "letters" else "left", overflow="fold")
-    for (name, at, why), (count, first, last) in sorted(groups.items(), key=lambda group: -group[1][0]):
-        table.add_row(name, at, why, f"{count:,}", _moment(first), _moment(last))
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else escape(value) for value in row.values()))
     Console().print(table)
 
 
@@ -62,18 +82,50 @@ def show(
     key: Keys = None,
     reason: Reason = "",
     stage: Stage = "",
-    since: Since = None,
-    until: Until = None,
+    since: Since = "",
+    until: Until = "",
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: Json = False,
 ) -> None:
-    """Print dead letters as JSON lines: reason, stage, time, batch and the record as received."""
+    """Print dead letters, oldest first per key: reason, earlier reasons, where they come from, and the record as received.
+
+    `--json` prints one object per line.
+    """
     from itertools import islice
 
-    from d2p_pipeline.dead_letters import select
+    selection = _selection(key, reason, stage, since, until)
+    with _letters(config) as (_, letters):
+        is_empty = True
+        for stored in islice(letters.select(selection), limit):
+            is_empty = False
+            typer.echo(_line(stored) if as_json else _described(stored))
+    if is_empty and not as_json:
+        typer.echo("No dead letters.")
 
-    with _buffer(config) as (_, buffer):
-        for stored in islice(select(buffer, _selection(key, reason, stage, since, until)), limit):
-            typer.echo(stored.data.decode())
+
+def _line(stored: "Stored") -> str:
+    import msgspec
+
+    return msgspec.json.encode({"key": stored.key, **msgspec.json.decode(stored.letter.to_json())}).decode()
+
+
+def _described(stored: "Stored") -> str:
+    letter = stored.letter
+    raw = letter.raw[:SHOWN_BYTES].decode(errors="replace")
+    if len(letter.raw) > SHOWN_BYTES:
+        raw += f"… ({len(letter.raw):,} bytes in all; --json prints them)"
+    facts = [f"received {_moment(letter.received_at)}", f"stage {letter.stage}"]
+    facts += [f"batch {letter.batch}"] if letter.batch else []
+    facts += [f"in file {stored.file}"] if stored.file else []
+    return "\n".join(
+        [
+            f"{stored.key}: {letter.reason}",
+            f"  {', '.join(facts)}",
+            *(f"  rejected before: {reason}" for reason in reversed(letter.history)),
+            *(f"    {line}" for line in raw.splitlines() or [""]),
+            "",
+        ]
+    )
 
 
 @app.command()
@@ -82,32 +134,35 @@ def replay(
     key: Keys = None,
     reason: Reason = "",
     stage: Stage = "",
-    since: Since = None,
-    until: Until = None,
+    since: Since = "",
+    until: Until = "",
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value, set in every record first.")] = None,
+    transform: Annotated[
+        str | None, typer.Option(help="module:function, given each letter, returns the record to send, or None.")
+    ] = None,
     dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Send rejected records again, on the way every record takes. Those rejected again stay, with their history.
 
     Exit code 1: some were rejected again.
     """
     from d2p_pipeline import wiring
-    from d2p_pipeline.dead_letters import replay as replay_letters
-    from d2p_pipeline.records.accept import acceptor
 
-    changes = dict(_assignment(one) for one in set_ or ())
-    with _buffer(config) as (settings, buffer):
-        accept = acceptor(wiring.rules(settings))
-
-        def canonical(raw: bytes) -> tuple[str, bytes]:
-            found = accept.canonical(raw)
-            return found.key, found.line
-
-        selection = _selection(key, reason, stage, since, until)
-        outcome = replay_letters(buffer, canonical, selection, changes, dry_run=dry_run)
-    verb = "would be replayed" if dry_run else "replayed"
-    typer.echo(f"{outcome.replayed:,} of {outcome.selected:,} dead letters {verb}")
-    _tell_rejected(outcome)
+    selection, mend = _selection(key, reason, stage, since, until), _mend(set_, transform)
+    with _letters(config) as (settings, letters):
+        outcome = letters.replay(wiring.canonical(settings), selection, mend, dry_run=dry_run)
+    if as_json:
+        typer.echo(_json(_figures(outcome) | {"dry_run": dry_run}))
+    else:
+        verb = "would be replayed" if dry_run else "replayed"
+        typer.echo(f"{outcome.replayed:,} of {outcome.selected:,} dead letters {verb}")
+        if outcome.left:
+            typer.echo(f"{outcome.left:,} left where they are by {transform}")
+        for why, count in outcome.rejected_again.most_common(10):
+            typer.echo(f"{count:,} rejected again: {why}", err=True)
+    if outcome.rejected_again:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -116,57 +171,76 @@ def discard(
     key: Keys = None,
     reason: Reason = "",
     stage: Stage = "",
-    since: Since = None,
-    until: Until = None,
+    since: Since = "",
+    until: Until = "",
     dry_run: DryRun = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Throw dead letters away for good; they stay counted as discarded."""
-    from d2p_pipeline.dead_letters import discard as discard_letters
-
+    """Throw dead letters away for good; they stay counted as discarded. With `--json`, `--yes` is needed."""
     selection = _selection(key, reason, stage, since, until)
-    with _buffer(config) as (_, buffer):
-        count = discard_letters(buffer, selection, dry_run=True).selected
-        if dry_run or not count:
-            typer.echo(f"{count:,} dead letters would be discarded")
-            return
-        if not yes:
+    if as_json and not (yes or dry_run):
+        raise typer.BadParameter("needs --yes or --dry-run, because it cannot ask", param_hint="--json")
+    with _letters(config) as (_, letters):
+        if not yes or dry_run:
+            count = letters.discard(selection, dry_run=True).selected
+            if dry_run or not count:
+                text = f"{count:,} dead letters would be discarded"
+                typer.echo(_json({"selected": count, "discarded": 0, "dry_run": dry_run}) if as_json else text)
+                return
             typer.confirm(f"Discard {count:,} dead letters for good?", abort=True)
-        typer.echo(f"{discard_letters(buffer, selection).discarded:,} dead letters discarded")
+        outcome = letters.discard(selection)
+    figures = {"selected": outcome.selected, "discarded": outcome.discarded, "dry_run": False}
+    typer.echo(_json(figures) if as_json else f"{outcome.discarded:,} dead letters discarded")
 
 
-def _tell_rejected(outcome: "Outcome") -> None:
-    for reason, count in outcome.rejected_again.most_common(10):
-        typer.echo(f"{count:,} rejected again: {reason}", err=True)
-    if outcome.rejected_again:
-        raise typer.Exit(1)
+def _figures(outcome: "Outcome") -> dict[str, Any]:
+    return {
+        "selected": outcome.selected,
+        "replayed": outcome.replayed,
+        "left": outcome.left,
+        "rejected_again": dict(outcome.rejected_again.most_common()),
+    }
 
 
 @contextlib.contextmanager
-def _buffer(config: Any) -> "Iterator[tuple[Settings, RedisBuffer]]":
+def _letters(config: Any) -> "Iterator[tuple[Settings, DeadLetters]]":
+    """The dead letters; what keeps them from being read or replayed ends the command with exit code 1."""
     from d2p_pipeline import wiring
+    from d2p_pipeline.buffer.letters import LettersMovedError
+    from d2p_pipeline.buffer.protocol import BufferFullError
+    from d2p_pipeline.dead_letters import MendError
+    from d2p_pipeline.parquet.errors import StoreError
 
     settings = settings_of(config)
     with redis(settings):
         settings = settings_of(None)
         buffer, _ = wiring.open_buffer(settings)
         with contextlib.closing(buffer):
-            yield settings, buffer
+            try:
+                yield settings, wiring.dead_letters(settings, buffer)
+            except (LettersMovedError, BufferFullError, MendError, StoreError, OSError) as error:
+                typer.echo(error, err=True)
+                raise typer.Exit(1) from error
 
 
-def _selection(
-    keys: list[str] | None, reason: str, stage: str, since: datetime | None, until: datetime | None
-) -> "Selection":
+def _selection(keys: list[str] | None, reason: str, stage: str, since: str, until: str) -> "Selection":
     from d2p_pipeline.dead_letters import Selection
 
-    everything = Selection()
-    return Selection(
-        keys=tuple(keys or ()),
-        reason=reason,
-        stage=stage,
-        since=_milliseconds(since) if since else everything.since,
-        until=_milliseconds(until) if until else everything.until,
-    )
+    try:
+        return Selection.of(keys or (), reason, stage, since, until)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _mend(assignments: list[str] | None, transform: str | None) -> "Mend":
+    from d2p_pipeline.dead_letters import MendError, mending
+
+    changes = dict(_assignment(one) for one in assignments or ())
+    try:
+        return mending(changes, transform)
+    except MendError as error:
+        raise typer.BadParameter(str(error), param_hint="--transform") from error
 
 
 def _assignment(text: str) -> tuple[str, object]:
@@ -182,9 +256,11 @@ def _assignment(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _milliseconds(moment: datetime) -> int:
-    return int(moment.replace(tzinfo=UTC).timestamp() * 1000)
+def _json(value: Any) -> str:
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(value)).decode()
 
 
 def _moment(milliseconds: int) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -15,7 +15,8 @@ from pydantic import PrivateAttr
 from d2p_pipeline import delivery, wiring
 from d2p_pipeline.ahead import Ahead
 from d2p_pipeline.buffer.lease import Leases
-from d2p_pipeline.buffer.protocol import BatchRef, Buffer
+from d2p_pipeline.buffer.protocol import BatchRef
+from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.delivery import Announced, Delivered, ParquetFile, Rows, Text, Unit, Written
 from d2p_pipeline.settings import Settings, load
 
@@ -31,7 +32,7 @@ class DeliveryResource(dg.ConfigurableResource):
     """Settings come from `D2P_CONFIG` and the `D2P_*` environment, as everywhere."""
 
     _settings: Settings | None = PrivateAttr(default=None)
-    _buffer: Buffer | None = PrivateAttr(default=None)
+    _buffer: RedisBuffer | None = PrivateAttr(default=None)
     _leases: Leases | None = PrivateAttr(default=None)
     _units: list[Unit] = PrivateAttr(default_factory=list)
     _pool: ThreadPoolExecutor | None = PrivateAttr(default=None)
@@ -61,7 +62,7 @@ class DeliveryResource(dg.ConfigurableResource):
         return self._settings
 
     @property
-    def buffer(self) -> Buffer:
+    def buffer(self) -> RedisBuffer:
         assert self._buffer
         return self._buffer
 

@@ -35,7 +35,7 @@ inspect = dg.define_asset_job(
     "inspect",
     selection=dg.AssetSelection.assets(dead_letters)
     | dg.AssetSelection.checks(
-        *(dg.AssetCheckKey(parquet_files.key, name) for name in ("books_balance", "oldest_record"))
+        *(dg.AssetCheckKey(parquet_files.key, name) for name in ("books_balance", "oldest_record", "reject_share"))
     ),
     executor_def=dg.in_process_executor,
     description="Counts the dead letters and checks the books.",

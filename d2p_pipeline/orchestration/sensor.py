@@ -18,6 +18,7 @@ from ulid import ULID
 
 from d2p_pipeline import wiring
 from d2p_pipeline.buffer.protocol import Batch, BatchRef, Buffer, BufferFullError, Seal
+from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.orchestration.decide import Share, limits_of, share_runs, why_seal
 from d2p_pipeline.orchestration.failures import give_up
 from d2p_pipeline.orchestration.flush import flush
@@ -41,7 +42,7 @@ _proven: list[Settings] = []
 
 
 @functools.cache
-def parts() -> tuple[Settings, Buffer]:
+def parts() -> tuple[Settings, RedisBuffer]:
     """Settings and buffer of this process; the code server keeps them from tick to tick."""
     settings = load()
     buffer, _ = wiring.open_buffer(settings)

@@ -53,6 +53,14 @@ class FilesystemStore:
                     self._filesystem.delete_file(temporary)
                 raise
 
+    def read(self, path: str) -> bytes:
+        """The content of a file."""
+        with (
+            _telling("read", f"{self._url}/{path}"),
+            self._filesystem.open_input_stream(f"{self._root}/{path}", compression=None) as file,
+        ):
+            return file.read()
+
     def remove(self, path: str) -> None:
         """Remove a file if it is there."""
         with _telling("remove", f"{self._url}/{path}"):

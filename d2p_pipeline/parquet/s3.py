@@ -138,6 +138,12 @@ class S3Store:
                 finally:
                     self._abort_leftovers(key)
 
+    def read(self, path: str) -> bytes:
+        """The content of an object."""
+        key = self._root + path
+        with self._telling("read", key), self._client.get_object(Bucket=self._bucket.name, Key=key)["Body"] as body:
+            return body.read()
+
     def remove(self, path: str) -> None:
         """Remove an object if it is there; needs a right to delete that writing does not."""
         key = self._root + path

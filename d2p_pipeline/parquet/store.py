@@ -22,6 +22,10 @@ class Store(Protocol):
         """Make `data` durable under `path`; `metadata` goes with it where files can carry any."""
         ...
 
+    def read(self, path: str) -> bytes:
+        """The content of a file."""
+        ...
+
     def remove(self, path: str) -> None:
         """Remove a file for good, if it is there."""
         ...
@@ -61,6 +65,9 @@ class LocalStore:
             if error.filename is None:
                 raise OSError(error.errno, error.strerror, str(target)) from error
             raise
+
+    def read(self, path: str) -> bytes:
+        return (self._root / _inside(path)).read_bytes()
 
     def remove(self, path: str) -> None:
         target = self._root / _inside(path)

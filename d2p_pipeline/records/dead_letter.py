@@ -69,6 +69,14 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
             id=wire.id,
         )
 
+    @classmethod
+    def read(cls, data: bytes) -> "DeadLetter":
+        """The letter in an element of a queue; what is none is a letter about itself."""
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            return cls(reason=f"not a dead letter: {error}", stage="receive", received_at=0, raw=data)
+
 
 class _Wire(msgspec.Struct, omit_defaults=True):
     reason: str

@@ -1,6 +1,8 @@
-"""Functions that tests name in the setting `transform`."""
+"""Functions that tests name in the setting `transform`, and for replays."""
 
 import polars as pl
+
+from d2p_pipeline.records.dead_letter import DeadLetter
 
 
 def shout(frame: pl.DataFrame) -> pl.DataFrame:
@@ -53,3 +55,18 @@ def broken(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 NO_FUNCTION = 5
+
+
+def mended(letter: DeadLetter) -> dict[str, str] | str | None:
+    """For replays: gives text that is no JSON a record around it."""
+    if letter.raw.startswith(b"{"):
+        return letter.raw.decode()
+    if not letter.raw.startswith(b"level="):
+        return None
+    level, _, message = letter.raw.decode().removeprefix("level=").partition(" ")
+    known = {"time": "2026-11-21T10:30:00Z", "business-capability": "payments", "business-domain": "d"}
+    return {**known, "business-service": "s", "application-service": "a", "level": level, "message": message}
+
+
+def wordy(letter: DeadLetter) -> int:
+    return len(letter.raw)

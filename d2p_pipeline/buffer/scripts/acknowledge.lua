@@ -37,6 +37,9 @@ redis.call('HINCRBY', KEYS[5], 'units', 1)
 local time = redis.call('TIME')
 local sealed_at = tonumber(redis.call('HGET', KEYS[1], 'sealed_at'))
 redis.call('HINCRBY', KEYS[5], 'delivery_ms', math.max(0, time[1] * 1000 + math.floor(time[2] / 1000) - sealed_at))
+if dead ~= '0' then
+  redis.call('HINCRBY', KEYS[5], 'rejected', dead)
+end
 if redis.call('HINCRBY', KEYS[1], 'units_done', 1) < tonumber(ARGV[3]) then
   return 'marked'
 end

@@ -36,4 +36,7 @@ end
 
 redis.call('HINCRBY', KEYS[4], 'accepted', tonumber(ARGV[2]) + tonumber(ARGV[5]))
 redis.call('HINCRBY', KEYS[4], 'dead_letters', ARGV[5])
+if ARGV[5] ~= '0' then
+  redis.call('HINCRBY', KEYS[4], 'rejected', ARGV[5])
+end
 return size(fresh)
