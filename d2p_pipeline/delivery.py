@@ -26,7 +26,7 @@ from d2p_pipeline.parquet.encode import Encoding, encode, split
 from d2p_pipeline.parquet.layout import file_path, md5_of, with_token
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.conceal import conceal
-from d2p_pipeline.records.dead_letter import DeadLetter
+from d2p_pipeline.records.dead_letter import DeadLetter, log_unkept, reasons
 from d2p_pipeline.records.parse import parse
 from d2p_pipeline.records.rules import Rules
 from d2p_pipeline.records.sign import sign
@@ -304,10 +304,10 @@ def acknowledge(
             _retract(buffer, part, files, remove)
         elif answer == "complete":
             leases.drop(part.claim.batch)
-        reasons: dict[str, int] = {DROPPED: dropped} if dropped else {}
-        for letter in letters:
-            reasons[letter.reason] = reasons.get(letter.reason, 0) + 1
-        delivered.append(Delivered(part, files, table.num_rows, reasons, table.slice(0, PREVIEW_ROWS).to_pylist()))
+        if not keep_dead_letters:
+            log_unkept(part.claim.batch.key, letters)
+        rejected = {**reasons(letters), **({DROPPED: dropped} if dropped else {})}
+        delivered.append(Delivered(part, files, table.num_rows, rejected, table.slice(0, PREVIEW_ROWS).to_pylist()))
     if lost:
         raise lost
     return delivered

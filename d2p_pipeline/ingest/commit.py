@@ -18,7 +18,7 @@ import msgspec
 
 from d2p_pipeline.buffer.protocol import Buffer, Push
 from d2p_pipeline.records import chunk
-from d2p_pipeline.records.dead_letter import DeadLetter
+from d2p_pipeline.records.dead_letter import DeadLetter, log_unkept
 
 if TYPE_CHECKING:
     from d2p_pipeline.ingest.pressure import Pressure
@@ -179,6 +179,10 @@ class GroupCommit:
     def _commit(self, requests: Sequence[Request]) -> None:
         name = f"{self._producer}-{next(self._sequence)}"
         self._buffer.push(list(pushes(requests, name, self._window, keep_dead_letters=self._keep_dead_letters)))
+        if not self._keep_dead_letters:
+            for request in requests:
+                for key, letters in request.dead_letters.items():
+                    log_unkept(key, letters)
 
     async def close(self) -> None:
         """Finish what waits."""

@@ -23,6 +23,7 @@ from d2p_pipeline.orchestration.deliver import deliver
 from d2p_pipeline.orchestration.failures import no_retry_if_permanent, to_recovery
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.resources import DeliveryResource
+from d2p_pipeline.records.dead_letter import reasons
 from d2p_pipeline.settings import load
 
 
@@ -82,7 +83,11 @@ def validate_records(context: dg.OpExecutionContext, text: Text, delivery_parts:
     for part, letters in zip(rows.unit.parts, rows.dead_letters, strict=True):
         if letters:
             key, batch = part.claim.batch
-            context.log.warning(f"key={key} batch={batch} unit={part.number} {len(letters)} records rejected")
+            kept = "" if delivery_parts.settings.use_dlq else " and not kept (use_dlq = false)"
+            found = "; ".join(f"{count} × {reason}" for reason, count in reasons(letters).most_common(10))
+            context.log.warning(
+                f"key={key} batch={batch} unit={part.number} {len(letters)} records rejected{kept}: {found}"
+            )
     return rows
 
 

@@ -4,6 +4,9 @@ Nothing of the record is lost: the bytes that were refused come back exactly, wh
 """
 
 import base64
+import logging
+from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -11,6 +14,8 @@ import msgspec
 
 Stage = Literal["receive", "parse", "validate"]
 
+_log = logging.getLogger(__name__)
+_REASONS_LOGGED = 10
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -76,6 +81,17 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
             return cls.from_json(data)
         except ValueError as error:
             return cls(reason=f"not a dead letter: {error}", stage="receive", received_at=0, raw=data)
+
+
+def reasons(letters: Iterable[DeadLetter]) -> Counter[str]:
+    """How many for each reason."""
+    return Counter(letter.reason for letter in letters)
+
+
+def log_unkept(key: str, letters: Iterable[DeadLetter]) -> None:
+    """Where dead letters are not kept (`use_dlq = false`), the log is all that tells of them."""
+    for reason, count in reasons(letters).most_common(_REASONS_LOGGED):
+        _log.warning("key=%s %d records rejected and not kept (use_dlq = false): %s", key, count, reason)
 
 
 class _Wire(msgspec.Struct, omit_defaults=True):

@@ -17,6 +17,8 @@ import pytest
 import zstandard
 from redis import Redis
 
+from d2p_pipeline import books
+from d2p_pipeline.buffer.protocol import Totals
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.ingest.generator import generate
 from d2p_pipeline.records import chunk
@@ -111,6 +113,19 @@ def test_one_indented_object_is_a_batch_of_one(receiver: RunningReceiver, redis_
 def test_an_empty_batch_is_accepted(receiver: RunningReceiver, redis_client: Redis) -> None:
     assert receiver.client.post("/records", content="\n\n").json()["accepted"] == 0
     assert nothing_stored(redis_client)
+
+
+def test_rejected_records_are_counted_and_logged_where_dead_letters_are_switched_off(
+    start_receiver: StartReceiver, redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    running = start_receiver(use_dlq="false")
+    redis_client.flushall()
+    lines = [json.dumps(GOOD), json.dumps(record(time="yesterday"))]
+    assert running.client.post("/records", content="\n".join(lines)).json()["dead_lettered"] == 1
+    assert "key=payments 1 records rejected and not kept (use_dlq = false): time" in running.log.read_text()
+    assert redis_buffer.dead_letters("payments") == []
+    assert dict(redis_buffer.totals()) == {"payments": Totals(2, 0, 1)}
+    assert books.differences(redis_buffer, books.read(redis_buffer)) == {}
 
 
 def test_malformed_lines_of_a_batch_become_dead_letters_and_the_others_are_accepted(

@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 from redis import Redis
 
+from d2p_pipeline import books
 from d2p_pipeline.buffer.protocol import BatchRef, Seal, Totals
 from d2p_pipeline.ingest.generator import generate
 from d2p_pipeline.orchestration.assets import parquet_files
@@ -279,11 +280,14 @@ def test_units_prepared_ahead_do_not_hide_a_failure_or_change_the_order(
 
 
 def test_rejected_records_are_counted_and_not_kept_where_dead_letters_are_switched_off(
-    pipeline: Pipeline, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, redis_client: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("D2P_USE_DLQ", "false")
     redis_client.rpush("data:{payments}", b"bad", line())
     assert pipeline.flush().success
+    [logged] = [record.getMessage() for record in caplog.records if "not kept" in record.getMessage()][-1:]
+    assert logged.startswith("key=payments 1 records rejected and not kept (use_dlq = false): invalid JSON")
+    assert books.differences(pipeline.buffer, books.read(pipeline.buffer)) == {}
     assert list(pipeline.buffer.dead_letter_keys()) == []
     assert dict(pipeline.buffer.totals()) == {"payments": Totals(2, 1, 1)}
 

@@ -28,6 +28,15 @@ def everything_below(url: str) -> list[str]:
     return filesystem.find(path)
 
 
+def test_a_file_is_read_back_and_one_that_is_not_there_is_named(url: str) -> None:
+    store = FilesystemStore(url)
+    store.write("_dead_letters/capability=a/x.ndjson.zst", b"data")
+    assert store.read("_dead_letters/capability=a/x.ndjson.zst") == b"data"
+    store.remove("_dead_letters/capability=a/x.ndjson.zst")
+    with pytest.raises(PermanentStoreError, match=r"cannot read .*x\.ndjson\.zst"):
+        store.read("_dead_letters/capability=a/x.ndjson.zst")
+
+
 def test_files_are_written_replaced_and_found(url: str) -> None:
     store = FilesystemStore(url)
     paths = ["capability=a b%2F😀/hour=01/x.parquet", "capability=a/y.parquet"]

@@ -122,3 +122,10 @@ def test_a_scan_lists_finished_files_below_a_directory(tmp_path) -> None:
     assert store.scan() == [str(tmp_path / path) for path in ("k=a/h=1/f.parquet", "k=ab/f.parquet", "k=b/f.parquet")]
     assert store.scan("k=a") == [str(tmp_path / "k=a/h=1/f.parquet")]
     assert store.scan("k=none") == []
+
+
+def test_a_file_is_read_back_and_one_that_is_not_there_is_named(tmp_path) -> None:
+    LocalStore(tmp_path).write("a=1/f.zst", b"data")
+    assert LocalStore(tmp_path).read("a=1/f.zst") == b"data"
+    with pytest.raises(FileNotFoundError, match=r"g\.zst"):
+        LocalStore(tmp_path).read("a=1/g.zst")
