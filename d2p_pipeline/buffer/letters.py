@@ -91,7 +91,7 @@ class LetterQueues:
     def letters(self, key: str) -> Letters:
         """Where the key's letters are now."""
         # The version first: what changes meanwhile is refused later.
-        version = int(self._one("HGET", self._totals(key), "letters_version") or 0)
+        version = int(self._one("HGET", self._name("state", key), "version") or 0)
         body = self._one("HGET", self._name("intent", key), "body")
         entries: list[bytes] = self._one("HVALS", self._name("files", key))
         stored = [msgspec.json.decode(entry, type=SpilledFile) for entry in entries]
@@ -122,7 +122,7 @@ class LetterQueues:
     def intend(self, key: str, version: int, intent: Intent) -> None:
         """Write down a replay; raises LettersMovedError."""
         body = msgspec.msgpack.encode(intent)
-        keys = [self._totals(key), self._name("intent", key)]
+        keys = [self._name("state", key), self._name("intent", key)]
         [answer] = self._run([Call("intend", keys, [intent.id, version, body])])
         if answer != b"intended":
             raise LettersMovedError(key)
@@ -137,6 +137,7 @@ class LetterQueues:
 
     def _take(self, key: str, step: str, fate: str, version: int, file: str, places: Sequence[int]) -> int:
         keys = [self._queue(key), self._totals(key), self._name("intent", key), self._gone(key, file)]
+        keys.append(self._name("state", key))
         args = [step, fate, version, "file" if file else "queue", *places]
         [(answer, taken)] = self._run([Call("take", keys, args)])
         if answer != b"taken":
@@ -145,7 +146,7 @@ class LetterQueues:
 
     def spill(self, key: str, version: int, file: SpilledFile) -> None:
         """Let go of the queue's oldest letters, which are durable in `file`; raises LettersMovedError."""
-        keys = [self._queue(key), self._totals(key), self._name("intent", key), self._name("files", key)]
+        keys = [self._queue(key), self._name("state", key), self._name("intent", key), self._name("files", key)]
         args = [file.name, version, msgspec.json.encode(msgspec.structs.replace(file, left=0)), file.letters]
         [answer] = self._run([Call("spill", keys, args)])
         if answer != b"spilled":
@@ -175,14 +176,15 @@ class LetterQueues:
         ]
         for start in range(0, len(names), PAGE):
             page = names[start : start + PAGE]
-            replies = self._run([Call("HMGET", None, [name, "rows", "rejected", "looks"]) for _, name in page])
-            for (key, _), (rows, rejected, looks) in zip(page, replies, strict=True):
+            replies = self._run([Call("HMGET", None, [name, "rows", "rejected"]) for _, name in page])
+            every = self._run([Call("GET", None, [self._names.of("looks", key)]) for key, _ in page])
+            for (key, _), (rows, rejected), looks in zip(page, replies, every, strict=True):
                 yield key, int(rows or 0), int(rejected or 0), msgspec.json.decode(looks or b"[]", type=list[Look])
 
     def remember(self, key: str, looks: Sequence[Look]) -> None:
         """Keep looks, oldest first, in place of the earlier ones."""
         # A look that is not kept, for want of memory in Redis, costs nothing but the precision of later ones.
-        self._run([Call("HSET", None, [self._totals(key), "looks", msgspec.json.encode(looks)])], errors=True)
+        self._run([Call("SET", None, [self._names.of("looks", key), msgspec.json.encode(looks)])], errors=True)
 
     def _queue(self, key: str) -> bytes:
         return self._names.of(self._names.dlq, key)

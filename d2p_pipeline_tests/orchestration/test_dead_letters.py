@@ -200,7 +200,7 @@ def test_too_many_rejected_records_turn_the_check_red_until_the_window_is_over(
     assert pipeline.flush().success
     assert not checks(pipeline)["reject_share"]
     hour_ago = pipeline.buffer.now() - 3_700_000
-    redis_client.hset("totals:{payments}", "looks", f"[[{hour_ago},37,3]]")
+    redis_client.set("looks:{payments}", f"[[{hour_ago},37,3]]")
     assert checks(pipeline)["reject_share"]
 
 

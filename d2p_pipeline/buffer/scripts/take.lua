@@ -1,19 +1,19 @@
 -- Takes letters out of a key's queue or out of one of its files: replayed, by an intent whose pushes are stored, or discarded.
 --
 -- KEYS  1 dlq     list    dead letters
---       2 totals  hash    what this key ever accepted, wrote, rejected and discarded; letters_version, and the last step's id
---                         and what it took
+--       2 totals  hash    what this key ever accepted, wrote, rejected and discarded
 --       3 intent  hash    the replay under way
 --       4 gone    string  bits of the file's letters, set where they are gone
+--       5 state   hash    version grows whenever letters leave their places; the last step's id and how many it took
 -- ARGV  1 id of this step; of the intent, where it ends one   2 'replayed' or 'discarded'   3 version, where it ends no intent
 --       4 'queue' or 'file'   5.. places of the letters, counted from 0
 -- Returns {'taken', how many} (now or by an earlier arrival), {'busy', 0} (a replay is under way) or {'moved', 0}.
 --
 -- HDEL comes first: Redis allows it, and the writes that follow it, even when it is out of memory.
 
-local totals = redis.call('HMGET', KEYS[2], 'letters_step', 'letters_taken', 'letters_version')
-if totals[1] == ARGV[1] then
-  return {'taken', tonumber(totals[2])}
+local state = redis.call('HMGET', KEYS[5], 'step', 'taken', 'version')
+if state[1] == ARGV[1] then
+  return {'taken', tonumber(state[2])}
 end
 local intent = redis.call('HGET', KEYS[3], 'id')
 if ARGV[2] == 'replayed' then
@@ -22,11 +22,11 @@ if ARGV[2] == 'replayed' then
   end
 elseif intent then
   return {'busy', 0}
-elseif (totals[3] or '0') ~= ARGV[3] then
+elseif (state[3] or '0') ~= ARGV[3] then
   return {'moved', 0}
 end
 
-redis.call('HDEL', KEYS[2], 'letters_step')
+redis.call('HDEL', KEYS[5], 'step')
 local taken = 0
 if ARGV[4] == 'file' then
   for i = 5, #ARGV do
@@ -47,6 +47,6 @@ else
   redis.call('HINCRBY', KEYS[2], 'accepted', -taken) -- the pushes have counted them again
   redis.call('DEL', KEYS[3])
 end
-redis.call('HINCRBY', KEYS[2], 'letters_version', 1)
-redis.call('HSET', KEYS[2], 'letters_step', ARGV[1], 'letters_taken', taken)
+redis.call('HINCRBY', KEYS[5], 'version', 1)
+redis.call('HSET', KEYS[5], 'step', ARGV[1], 'taken', taken)
 return {'taken', taken}
