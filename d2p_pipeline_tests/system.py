@@ -21,7 +21,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def until(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen"
@@ -64,9 +64,47 @@ class System:
         rows = duckdb.connect().execute(f"SELECT message FROM read_parquet('{self.root}/**/*.parquet')").fetchall()
         return sorted(message for (message,) in rows)
 
-    def graphql(self, query: str) -> Any:
-        answer = httpx.post(f"http://127.0.0.1:{self.dagster_port}/graphql", json={"query": query}, timeout=60)
-        return answer.json()["data"]
+    def graphql(self, query: str, **variables: Any) -> Any:
+        answer = httpx.post(
+            f"http://127.0.0.1:{self.dagster_port}/graphql",
+            json={"query": query, "variables": variables},
+            timeout=60,
+        ).json()
+        assert "errors" not in answer, answer
+        return answer["data"]
+
+    def launch(self, job: str, config: dict[str, Any] | None = None, tags: dict[str, str] | None = None) -> str:
+        """What the launchpad does; returns the run's id."""
+        mutation = """mutation($params: ExecutionParams!) {launchRun(executionParams: $params) {
+            __typename ... on LaunchRunSuccess {run {runId}}
+            ... on RunConfigValidationInvalid {errors {message}} ... on PythonError {message}}}"""
+        selector = {"repositoryLocationName": "d2p", "repositoryName": "__repository__", "jobName": job}
+        params = {
+            "selector": selector,
+            "runConfigData": config or {},
+            "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in (tags or {}).items()]},
+        }
+        answer = self.graphql(mutation, params=params)["launchRun"]
+        assert answer["__typename"] == "LaunchRunSuccess", answer
+        return answer["run"]["runId"]
+
+    def status(self, run: str) -> str:
+        return self.graphql("query($run: ID!) {runOrError(runId: $run) {... on Run {status}}}", run=run)["runOrError"][
+            "status"
+        ]
+
+    def backfill(self, partitions: list[str]) -> str:
+        """What "Materialize" does with chosen partitions of `recovery`; returns the backfill's id."""
+        mutation = """mutation($params: LaunchBackfillParams!) {launchPartitionBackfill(backfillParams: $params) {
+            __typename ... on LaunchBackfillSuccess {backfillId} ... on PythonError {message}}}"""
+        params = {"assetSelection": [{"path": "recovery"}], "partitionNames": partitions, "fromFailure": False}
+        answer = self.graphql(mutation, params=params)["launchPartitionBackfill"]
+        assert answer["__typename"] == "LaunchBackfillSuccess", answer
+        return answer["backfillId"]
+
+    def backfill_status(self, backfill: str) -> str:
+        query = "query($id: String!) {partitionBackfillOrError(backfillId: $id) {... on PartitionBackfill {status}}}"
+        return self.graphql(query, id=backfill)["partitionBackfillOrError"]["status"]
 
     def stop(self, number: int = signal.SIGINT) -> int:
         if self.process.poll() is None:
@@ -100,6 +138,6 @@ def block(system: System, key: str) -> Path:
 
 
 def partitions_in_recovery(system: System) -> list[str]:
-    query = '{assetNodes(assetKeys: {path: "recovery"}) {partitionKeys}}'
+    query = '{assetNodes(assetKeys: [{path: ["recovery"]}]) {partitionKeys}}'
     [node] = system.graphql(query)["assetNodes"]
     return node["partitionKeys"]

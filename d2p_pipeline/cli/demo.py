@@ -54,7 +54,8 @@ def demo(
                 balanced = _run(settings, records, keys, bad_ratio, supervisor.tend, stop)
                 if not exit_ and balanced and not stop.asked:
                     typer.echo(
-                        f"\nThe UI stays at {ui}, the receiver at http://127.0.0.1:{settings.port}. Ctrl-C ends all."
+                        f"\nThe UI stays at {ui}, the receiver at http://127.0.0.1:{settings.port}/records.\n"
+                        f"The files are in {settings.writer_file_path}. Ctrl-C ends all."
                     )
                     tend_until_stopped(supervisor, stop)
                 drain(settings, supervisor)

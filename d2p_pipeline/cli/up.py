@@ -51,9 +51,17 @@ def _greet(settings: "Settings") -> None:
     typer.echo(f"receiver   http://{settings.address}:{settings.port}/records")
     if settings.forward_port is not None:
         typer.echo(f"Forward    {settings.forward_address}:{settings.forward_port}")
-    typer.echo(f"Dagster    http://127.0.0.1:{settings.dagster_port}")
+    ui = f"http://127.0.0.1:{settings.dagster_port}"
+    storage = "PostgreSQL" if settings.dagster_postgres_url else f"under {settings.home / 'dagster'}"
+    typer.echo(f"Dagster    {ui} (its storage: {storage})")
+    typer.echo(f"recovery   {ui}/assets/recovery")
+    typer.echo(f"rejected   {ui}/assets/dead_letters, or d2p dlq list")
+    typer.echo(f"flush now  {ui}/locations/d2p/jobs/flush/playground, or POST /flush/")
     typer.echo(f"files      {target(settings)}")
     typer.echo(f"logs       {settings.home / 'logs'}")
+    typer.echo(
+        f"alerts     {'to alert_webhook_url' if settings.alert_webhook_url else 'nowhere: no alert_webhook_url'}"
+    )
     if redis_url(settings).startswith("unix:"):
         typer.echo(f"Redis      embedded, under {settings.home / 'redis'}")
     typer.echo("Ctrl-C ends all.")

@@ -19,7 +19,7 @@ from d2p_pipeline_tests.fixtures.s3 import REGION, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
 from d2p_pipeline_tests.pipeline import line
-from d2p_pipeline_tests.system import Start, block, partitions_in_recovery, until
+from d2p_pipeline_tests.system import Start, until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -81,33 +81,6 @@ def test_two_instances_on_one_redis_that_restarts_deliver_everything_once(start:
     assert one.stop() == two.stop() == 0
     assert one.messages() == sorted([*expected, "pushed"])
     redis.stop()
-
-
-def test_a_failed_delivery_is_repaired_by_a_backfill(start: Start) -> None:
-    system = start(try_auto_recover="false", flush_interval="1").wait()
-    blocked = block(system, "payments")
-    system.post(line("payments", "first"), line("orders", "beside"))
-    until(lambda: partitions_in_recovery(system))
-    system.post(line("payments", "meanwhile"))
-    until(lambda: len(partitions_in_recovery(system)) == 2)
-    blocked.unlink()
-    backfill = """mutation {launchPartitionBackfill(backfillParams: {
-        assetSelection: [{path: "recovery"}], partitionNames: [%s], fromFailure: false, title: "repaired"
-    }) {__typename ... on LaunchBackfillSuccess {backfillId} ... on PythonError {message}}}"""
-    names = ", ".join(f'"{name}"' for name in partitions_in_recovery(system))
-    answer = system.graphql(backfill % names)["launchPartitionBackfill"]
-    assert answer["__typename"] == "LaunchBackfillSuccess", answer
-    until(lambda: system.messages() == ["beside", "first", "meanwhile"])
-    until(lambda: partitions_in_recovery(system) == [])
-
-
-def test_a_failed_delivery_heals_by_itself_when_its_cause_goes(start: Start) -> None:
-    system = start(redis_lock_ttl="2", recovery_delay="1", flush_interval="1").wait()
-    blocked = block(system, "payments")
-    system.post(line("payments", "once"))
-    until(lambda: partitions_in_recovery(system))
-    blocked.unlink()
-    until(lambda: system.messages() == ["once"])
 
 
 def test_the_whole_system_writes_to_s3_under_an_assumed_role_and_shows_no_secret(

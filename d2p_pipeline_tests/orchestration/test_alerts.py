@@ -1,9 +1,7 @@
 """Alerts, received by a real HTTP server: one message per tick with all that happened, none twice, none lost."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import dagster as dg
@@ -15,45 +13,15 @@ from d2p_pipeline.buffer.protocol import Seal
 from d2p_pipeline.orchestration import sensor
 from d2p_pipeline.orchestration.alerts import Event, alerts, message
 from d2p_pipeline_tests.pipeline import Pipeline, line
-
-
-class Webhook:
-    """A server that keeps what it is sent, and answers with `status`."""
-
-    def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.status = 200
-        webhook = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                if webhook.status == 200:
-                    webhook.messages.append(json.loads(body))
-                self.send_response(webhook.status)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/services/T000/a-secret"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def take(self) -> list[dict[str, Any]]:
-        taken, self.messages = self.messages, []
-        return taken
+from d2p_pipeline_tests.webhook import Webhook
 
 
 @pytest.fixture
 def webhook(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
-    found = Webhook()
-    monkeypatch.setenv("D2P_ALERT_WEBHOOK_URL", found.url)
-    sensor.parts.cache_clear()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
+    with Webhook() as found:
+        monkeypatch.setenv("D2P_ALERT_WEBHOOK_URL", found.url)
+        sensor.parts.cache_clear()
+        yield found
 
 
 class Ticks:
@@ -142,8 +110,7 @@ def test_a_webhook_that_refuses_gets_everything_when_it_is_back(
 
 def test_a_webhook_that_is_gone_fails_no_tick_and_its_url_is_said_nowhere(pipeline: Pipeline, webhook: Webhook) -> None:
     ticks = Ticks(pipeline)
-    webhook.server.shutdown()
-    webhook.server.server_close()
+    webhook.close()
     break_one(pipeline, "a")
     said = ticks.tick()
     assert "did not answer" in said
