@@ -85,8 +85,10 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
     if settings.redis_skip_flush:
         return dg.SkipReason("this instance only receives (redis_skip_flush)")
     instance = context.instance
+    known = instance.get_dynamic_partitions(
+        RECOVERY
+    )  # before `waiting`: what fails in between is not taken for delivered
     waiting = {batch.id for batch in buffer.recovering()}
-    known = instance.get_dynamic_partitions(RECOVERY)
     held = _held(instance, known)
     free = [
         batch for batch in buffer.recovering(buffer.now()) if batch.id not in held and not buffer.is_claimed(batch.ref)
@@ -99,7 +101,8 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
     missing = sorted(waiting.difference(known))
     # What a run is about to deliver, or a claim holds, may come back.
     still_open = set() if waiting.issuperset(known) else {batch.id for batch in buffer.open_batches()}
-    delivered = [batch_id for batch_id in known if batch_id not in waiting | held | still_open]
+    staying = waiting | held | still_open
+    delivered = [batch_id for batch_id in known if batch_id not in staying]
     changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
     if missing:
         changes.append(partitions.build_add_request(missing))
