@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from d2p_pipeline.parquet.encode import Encoding
     from d2p_pipeline.parquet.store import Store
     from d2p_pipeline.records.rules import Rules
+    from d2p_pipeline.records.shape import Shapes
 
 STDIN = "-"
 DEAD_LETTERS = "_dead_letters"
@@ -390,9 +391,12 @@ class _Converter:
     """Converts block after block. While one is converted the files of the one before become durable, which is waiting."""
 
     def __init__(self, plan: Plan) -> None:
+        from d2p_pipeline.records.shape import Shapes
+
         self._plan = plan
         self._writers = ThreadPoolExecutor(_WRITERS)
         self._last: tuple[_Outcome | _Failure, list[Future[None]]] | None = None
+        self._shapes = Shapes()
 
     def __enter__(self) -> Self:
         return self
@@ -406,7 +410,7 @@ class _Converter:
 
         writes: list[Future[None]] = []
         try:
-            result = _convert(task, text, self._plan, lambda *file: writes.append(self._write(*file)))
+            result = _convert(task, text, self._plan, self._shapes, lambda *file: writes.append(self._write(*file)))
         except _ChangedError as error:
             result = _Failure(str(error), fatal=False)
         except TransformError as error:
@@ -437,7 +441,9 @@ class _Converter:
 _WRITERS = 8
 
 
-def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer"], None]) -> _Outcome:
+def _convert(
+    task: _Task, text: _Text, plan: Plan, shapes: "Shapes", write: Callable[[str, "Buffer"], None]
+) -> _Outcome:
     """What becomes of a block; `write` is called for each of its files."""
     from d2p_pipeline.parquet.encode import encode, split
     from d2p_pipeline.parquet.layout import file_path
@@ -453,7 +459,7 @@ def _convert(task: _Task, text: _Text, plan: Plan, write: Callable[[str, "Buffer
         return DeadLetter(reason=reason, stage=stage, received_at=task.received_at, raw=raw, batch=task.batch)
 
     lines, long = _within(bytes(text) if task.offset is None else _read(task), plan.max_record_bytes)
-    parsed = parse([_plain(lines)], plan.rules, task.received_at, task.batch)
+    parsed = parse([_plain(lines)], plan.rules, task.received_at, task.batch, shapes=shapes)
     verdict = validate(parsed.table, plan.rules)
     letters = [
         *(rejected(raw, too_long(len(raw), plan.max_record_bytes)) for raw in long),

@@ -15,7 +15,8 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, reduce
+from typing import Any
 
 import arro3.core
 import arro3.io
@@ -213,84 +214,81 @@ def _maybe_exponents(column: pa.ChunkedArray, name: str, lines: Lines, numbers: 
 
 def _account(table: pa.Table, members: Members) -> tuple[pl.Series, pl.Series]:
     """Per row, the least bytes its JSON can have, and how many commas and colons that has."""
-    columns: dict[str, pl.Series] = {}
-    least: list[pl.Expr] = []
-    inner: list[pl.Expr] = []
-    always = 0
-    sometimes: list[pl.Expr] = []
+    always = fields = 0
+    least: list[pa.ChunkedArray] = []
+    present: list[pa.ChunkedArray] = []
+    inner: list[pa.ChunkedArray] = []
     for name, kind in members:
         column = table.column(name)
         if column.null_count == table.num_rows:
             continue
-        value = pl.col(name)
+        named = len(name.encode()) + _QUOTES + 2  # with its quotes, colon and comma
         match kind:
             case "string" | "timestamp":
-                columns[name], value = _lengths(column), value + _QUOTES
+                size, named = _call("binary_length", column), named + _QUOTES
             case "bool":
-                columns[name], value = _series(column), len("false") - value.cast(pl.Int32)
+                size, named = _call("negate", column.cast(pa.int8()).cast(pa.int32())), named + len("false")
             case "int":
-                columns[name] = _lengths(column.cast(pa.string()))
+                size = _call("binary_length", column.cast(pa.string()))
             case _:
-                columns[name], separators = _account_nested(column, is_map=kind == "map")
-                columns[f"{name} separators"] = separators
-                inner.append(pl.col(f"{name} separators"))
-        value = value + (len(name.encode()) + _QUOTES + 2)  # with its quotes, colon and comma
+                size, separators = _account_nested(column, is_map=kind == "map")
+                inner.append(separators)
         if column.null_count:
-            sometimes.append(pl.col(name).is_not_null().cast(pl.Int32))
-            value = value.fill_null(0)
+            size = _call("coalesce", _call("add", size, pa.scalar(named, pa.int32())), pa.scalar(0, pa.int32()))
+            present.append(column.is_valid().cast(pa.int8()).cast(pa.int32()))
         else:
-            always += 1
-        least.append(value)
-    if not columns:
-        nothing = pl.zeros(table.num_rows, dtype=pl.Int64, eager=True)
-        return nothing + _QUOTES, nothing
-    count = pl.sum_horizontal(sometimes) + always if sometimes else pl.lit(always, pl.Int32)
-    result = pl.DataFrame(columns).select(
-        # Braces; the last field has no comma.
-        least=pl.sum_horizontal(least).cast(pl.Int64) + _QUOTES - (count > 0).cast(pl.Int64),
-        separators=(pl.sum_horizontal(inner).cast(pl.Int64) if inner else pl.lit(0, pl.Int64))
-        + pl.max_horizontal(2 * count.cast(pl.Int64) - 1, pl.lit(0, pl.Int64)),
+            always += named
+            fields += 1
+        least.append(size)
+    nothing = pl.zeros(table.num_rows, dtype=pl.Int64, eager=True)
+    count = _total(present, nothing) + fields
+    some = count > 0
+    # Braces; the last field has no comma.
+    return (
+        _total(least, nothing) + (always + _QUOTES) - some.cast(pl.Int64),
+        _total(inner, nothing) + 2 * count - some.cast(pl.Int64),
     )
-    return result["least"], result["separators"]
 
 
-def _account_nested(column: pa.ChunkedArray, *, is_map: bool) -> tuple[pl.Series, pl.Series]:
+def _total(columns: list[pa.ChunkedArray], nothing: pl.Series) -> pl.Series:
+    return _series(reduce(partial(_call, "add"), columns)).cast(pl.Int64) if columns else nothing
+
+
+def _account_nested(column: pa.ChunkedArray, *, is_map: bool) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     """Per row of a list or map of strings: least bytes, null where there is none, and separators; brackets included."""
     array = column.combine_chunks()
-    offsets = _series(array.offsets).cast(pl.Int64)
-    entries = offsets.diff().slice(1)
-    some = (entries > 0).cast(pl.Int64)
-    # Brackets; every entry with its comma but the last.
-    size = entries + _QUOTES - some
+    absent = array.is_null() if column.null_count else None
+    entries = _steps(array.offsets)
+    some = _call("min_element_wise", entries, pa.scalar(1, pa.int32()))
+    # Quotes and comma of every entry; of a map also the key's, and a colon.
+    size = _call("subtract", _call("multiply", entries, pa.scalar(6 if is_map else 3, pa.int32())), some)
     for strings in (array.keys, array.items) if is_map else (array.values,):
-        size += _between(offsets, _string_offsets(strings)) + entries * _QUOTES
+        size = _call("add", size, _steps(_call("take", _string_offsets(strings), array.offsets)))
         if strings.null_count:
-            nulls = pl.concat([pl.Series([0], dtype=pl.Int64), _series(strings.is_null()).cast(pl.Int64).cum_sum()])
-            size += _between(offsets, nulls) * (_NULL - _QUOTES)
-    separators = entries * (2 if is_map else 1) - some
-    if is_map:
-        size += entries  # colons
-    if column.null_count:
-        absent = _series(array.is_null())
-        return size.set(absent, None), separators.set(absent, 0)
-    return size, separators
+            nulls = _call("cumulative_sum", strings.is_null().cast(pa.int8()).cast(pa.int32()))
+            before = pa.concat_arrays([pa.array([0], pa.int32()), nulls]).take(array.offsets)
+            size = _call("add", size, _call("multiply", _steps(before), pa.scalar(_NULL - _QUOTES, pa.int32())))
+    size = _call("add", size, pa.scalar(_QUOTES, pa.int32()))  # brackets
+    if absent is not None:
+        size = _call("if_else", absent, pa.scalar(None, pa.int32()), size)
+    separators = _call("subtract", _call("multiply", entries, pa.scalar(2 if is_map else 1, pa.int32())), some)
+    return pa.chunked_array([size]), pa.chunked_array([separators])
 
 
-def _between(offsets: pl.Series, totals: pl.Series) -> pl.Series:
-    """How much of a running total lies between consecutive offsets."""
-    return totals.gather(offsets).diff().slice(1)
+def _steps(totals: pa.Array) -> pa.Array:
+    """By how much each element is more than the one before it; one fewer than these are."""
+    return _call("subtract", totals.slice(1), totals.slice(0, len(totals) - 1))
 
 
-def _string_offsets(strings: pa.Array) -> pl.Series:
+def _call(function: str, *values: object) -> Any:
+    return pc.call_function(function, list(values))
+
+
+def _string_offsets(strings: pa.Array) -> pa.Array:
     """Where each string begins in the bytes of all of them, and where the last one ends."""
     if not len(strings):
-        return pl.Series([0], dtype=pl.Int64)
-    offsets = pa.Array.from_buffers(pa.int32(), len(strings) + 1, [None, strings.buffers()[1]], offset=strings.offset)
-    return _series(offsets).cast(pl.Int64)
-
-
-def _lengths(strings: pa.ChunkedArray) -> pl.Series:
-    return _series(pc.call_function("binary_length", [strings]))
+        return pa.array([0], pa.int32())
+    return pa.Array.from_buffers(pa.int32(), len(strings) + 1, [None, strings.buffers()[1]], offset=strings.offset)
 
 
 def _series(array: pa.Array | pa.ChunkedArray) -> pl.Series:
