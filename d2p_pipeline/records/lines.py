@@ -54,7 +54,8 @@ class Lines:
     def odd(self) -> list[int]:
         """Lines that are no object, for what their bytes tell, and those that nobody but their reader can tell about: with
         control characters, an escaped NUL, or what may be two objects."""
-        looks = (self._bytes.gather(self._starts) != _OPEN) | (self._bytes.gather((self._ends - 1).clip(0)) != _CLOSE)
+        # Before an empty first line the text's last byte is looked at, a newline.
+        looks = (self._bytes.gather(self._starts) != _OPEN) | (self._bytes.gather(self._ends - 1) != _CLOSE)
         odd = set(looks.arg_true())
         if (self._bytes < _FIRST_PRINTABLE).sum() != len(self):
             controls = (self._bytes < _FIRST_PRINTABLE) & (self._bytes != _NEWLINE)

@@ -274,6 +274,9 @@ class _Parser:
             if not table.num_rows:
                 return fresh
             table = pa.concat_tables([table, fresh])
+        else:
+            # As many pieces as before, where runs of rows would be many: each costs something in every later step.
+            return table.filter(pa.array([number not in gone for number in numbers], pa.bool_()))
         return _rows_of(table, list(_runs(numbers, list(mended), gone)))
 
     def _flush(self) -> None:
