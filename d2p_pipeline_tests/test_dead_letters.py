@@ -52,7 +52,8 @@ def placed(request: pytest.FixtureRequest, redis_buffer: RedisBuffer, letters: D
     def place(key: str, *raws: bytes, **how: Any) -> None:
         reject(redis_buffer, key, *raws, **how)
         if request.param != "queue":
-            limits = NONE_IN_REDIS if request.param == "files" else Limits(letters=max(1, len(raws) // 2), size=1 << 30)
+            size = 1 if request.param == "files" else 1 << 30
+            limits = Limits(letters=max(1, len(raws) // 2), size=size)
             letters.spill(limits)
 
     return place

@@ -1,6 +1,7 @@
 """What the catalogue shows: `parquet_files`, one partition per key, with the figures of each delivery."""
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, cast
 
 import dagster as dg
@@ -15,6 +16,7 @@ parquet_files = dg.AssetSpec(
     partitions_def=keys,
     group_name="delivery",
     kinds={"parquet"},
+    freshness_policy=dg.FreshnessPolicy.time_window(fail_window=timedelta(days=1), warn_window=timedelta(hours=1)),
     description=(
         "Validated records as partitioned Parquet files, one partition per business capability. The `flush` job writes them; "
         "an asset that takes this one as its input receives a Polars LazyFrame over its key's files."

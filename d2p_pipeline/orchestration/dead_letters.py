@@ -4,7 +4,7 @@ The work is in `d2p_pipeline.dead_letters`; here are its typed configuration and
 """
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 from pydantic import Field
@@ -66,6 +66,7 @@ def open_letters(delivery_parts: DeliveryResource, parquet: ParquetIOManager) ->
 @dg.asset(
     group_name="delivery",
     kinds={"redis"},
+    freshness_policy=dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=1), warn_window=timedelta(minutes=30)),
     description="Rejected records that wait for somebody, in Redis and in files: counts by key, stage and reason, and samples.",
 )
 def dead_letters(
