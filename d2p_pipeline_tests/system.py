@@ -21,11 +21,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 300, longest_pause: float = 0.5) -> Any:
+    """Wait for a condition, looking ever less often: who looks takes processor time from what is looked at."""
     deadline = time.monotonic() + seconds
+    pause = 0.02
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(pause * 1.3, longest_pause)
     return found
 
 

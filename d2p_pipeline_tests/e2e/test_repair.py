@@ -117,8 +117,8 @@ def kill_a_run_between_two_files(system: System) -> list[str]:
                     return run["runId"], int(found[1])
         return None
 
-    run, pid = until(process)
-    until(lambda: any(system.root.glob("capability=killed/**/*.parquet")))
+    run, pid = until(process, longest_pause=0.1)
+    until(lambda: any(system.root.glob("capability=killed/**/*.parquet")), longest_pause=0.02)
     os.kill(pid, signal.SIGKILL)
     assert len(list(system.root.glob("capability=killed/**/*.parquet"))) < HOURS
     until(lambda: system.status(run) == "FAILURE")
