@@ -38,8 +38,8 @@ class Costs:
     """Runs a second that one Dagster instance creates and starts."""
 
 
-STOCK = Costs(receive=80_000, deliver=90_000, run_start=6.0, push=1_000_000, redis_bytes=170, file_bytes=110)
-WARM = Costs(receive=80_000, deliver=90_000, run_start=1.0, push=1_000_000, redis_bytes=170, file_bytes=110)
+STOCK = Costs(receive=100_000, deliver=90_000, run_start=6.0, push=1_000_000, redis_bytes=130, file_bytes=85)
+WARM = Costs(receive=100_000, deliver=90_000, run_start=1.0, push=1_000_000, redis_bytes=130, file_bytes=85)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("what", choices=["tick", "deliver", "budget", "backlog"])
     parser.add_argument("--records", type=int, default=1_000_000, help="records of the backlog (%(default)s)")
     parser.add_argument("--keys", type=int, default=8, help="keys of the backlog (%(default)s)")
+    parser.add_argument("--no-engine", action="store_true", help="do not run the engine alone beside the backlog")
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time (%(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -200,6 +201,8 @@ def _backlog(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
             "CPU s per 100,000 records": round(drain.cpu / rows * 1e5, 2),
             "largest run, MB": drain.peak // 10**6,
         }
+    if options.no_engine:
+        return figures
     data = Data(min(options.records, 1_000_000), keys=options.keys)
     run(Contender("data", [sys.executable, "-m", "benchmarks.data", *data.arguments]))
     command = [sys.executable, "-m", "d2p_pipeline.cli.main", "convert", str(data.path), "--json"]

@@ -349,10 +349,10 @@ class Settings(BaseSettings):
 
     flush_cron: Annotated[str, AfterValidator(_check_cron)] = "*/5 * * * *"
     """Schedule, in UTC, on which everything buffered is flushed: minute hour day-of-month month day-of-week."""
-    unit_bytes: Bytes = 64 * 2**20
+    unit_bytes: Bytes = 32 * 2**20
     """Raw bytes that one pass converts; bounds the memory."""
     unit_jobs: Count = 2
-    """Units of a run that are worked on at the same time; each takes about 4 × `unit_bytes` of memory."""
+    """Units of a run that are worked on at the same time; each takes about 7 × `unit_bytes` of memory."""
     run_bytes: Bytes = 512 * 2**20
     """Raw bytes that one run takes on: those that small keys due together share it for, and all it goes on with."""
     own_runs: CountOrNone = 4
