@@ -28,10 +28,10 @@ def report_deliveries(
     context: dg.OpExecutionContext | dg.AssetExecutionContext, parts: Sequence[Delivered], *, now: int, took: float
 ) -> None:
     """Show what a run delivered: one materialization of `parquet_files` per key."""
-    for event in _materializations(parts, now=now, took=took):
-        partition = cast(str, event.partition)
-        if not context.instance.has_dynamic_partition(PARTITIONS, partition):
-            context.instance.add_dynamic_partitions(PARTITIONS, [partition])
+    events = list(_materializations(parts, now=now, took=took))
+    if events:
+        context.instance.add_dynamic_partitions(PARTITIONS, [cast(str, event.partition) for event in events])
+    for event in events:
         context.log_event(event)
 
 
