@@ -24,6 +24,8 @@ TURN_BYTES = 256 << 10
 """Raw bytes after which other requests have their turn."""
 PACKED_BYTES = 4 * CHUNK_BYTES
 """Raw bytes after which full chunks are made."""
+RECORD_BYTES = 256
+"""A record of no bytes takes as long as that many bytes of a long one."""
 LARGE_RECORD = 256 << 10
 """A record of more bytes is looked at beside the event loop."""
 LETTER_BYTES = 256
@@ -55,7 +57,7 @@ class Admission:
         else:
             reason = self._intake.take(raw, self.request, self._received_at)
         self.request.size += len(raw)
-        self._turn += len(raw)
+        self._turn += len(raw) + RECORD_BYTES
         self._unpacked += len(raw)
         if reason is not None:
             self._rejected(raw, reason)

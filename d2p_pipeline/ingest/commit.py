@@ -27,9 +27,9 @@ CHUNK_BYTES = 1 << 20
 """Raw bytes after which a key's lines go on in another chunk, so that units can be cut evenly."""
 GROUP_BYTES = 8 << 20
 """Raw bytes after which a group takes no further request, so that small requests do not wait for many large ones."""
-COMMITS = 2
-"""Commits under way at a time: while Redis works on one, the next one is prepared."""
-LONGEST_PATIENCE = 0.002
+MOST = 0.8
+"""The part of the requests that came together before for which a commit waits, within `LONGEST_PATIENCE`."""
+LONGEST_PATIENCE = 0.004
 """Seconds that a request may wait for others to share its commit, however long commits take."""
 
 
@@ -97,12 +97,11 @@ class GroupCommit:
         self._pressure = pressure
         self._observe = observe
         self._waiting: deque[tuple[Request, asyncio.Future[None]]] = deque()
-        self._running: set[asyncio.Task[None]] = set()
-        self._under_way = 0
+        self._running: asyncio.Task[None] | None = None
         self._concurrency = 1.0
         self._seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._threads = ThreadPoolExecutor(COMMITS, "d2p-commit")
+        self._thread = ThreadPoolExecutor(1, "d2p-commit")
         self._producer = os.urandom(8).hex()
         self._sequence = count()
 
@@ -112,45 +111,38 @@ class GroupCommit:
             await self._pressure.admit(request)
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((request, done))
-        if len(self._running) < COMMITS:
+        if self._running is None:
             self._start_if_worth()
         await done
         if self._pressure:
             self._pressure.added(request.sizes())
 
     def _start_if_worth(self) -> None:
-        """Begin a commit when about half of those who are to be expected wait, or none is under way and nobody comes soon.
+        """Begin a commit when most of those who are to be expected wait, or they do not come soon.
 
         Without this, the first to come back after a commit would get one of its own, for which all others had to wait.
         """
-        if len(self._waiting) * 2 >= self._concurrency:
+        if len(self._waiting) >= self._concurrency * MOST:
             self._start()
-        elif self._timer is None and not self._running:
-            patience = min(self._seconds / 2, LONGEST_PATIENCE)
+        elif self._timer is None:
+            patience = min(self._seconds, LONGEST_PATIENCE)
             self._timer = asyncio.get_running_loop().call_later(patience, self._start)
 
     def _start(self) -> None:
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        if self._waiting and len(self._running) < COMMITS:
-            task = asyncio.create_task(self._commit_one())
-            self._running.add(task)
+        if self._waiting and self._running is None:
+            self._running = asyncio.create_task(self._commit_group())
 
-    async def _commit_one(self) -> None:
+    async def _commit_group(self) -> None:
         await asyncio.sleep(0)  # let every request of this turn join
         group = self._group()
-        if not group:  # another commit took them
-            self._ended()
-            return
-        self._under_way += len(group)
-        self._concurrency = max(self._under_way + len(self._waiting), self._concurrency * 0.8)
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        commit = loop.run_in_executor(self._threads, self._commit, [request for request, _ in group])
+        commit = loop.run_in_executor(self._thread, self._commit, [request for request, _ in group])
         [outcome] = await asyncio.gather(commit, return_exceptions=True)
         self._seconds = time.perf_counter() - started
-        self._under_way -= len(group)
         self._observe(len(group), self._seconds, outcome is not None)
         for _, done in group:
             if done.done():  # its client went away
@@ -159,12 +151,8 @@ class GroupCommit:
                 done.set_result(None)
             else:
                 done.set_exception(outcome)
-        self._ended()
-
-    def _ended(self) -> None:
-        task = asyncio.current_task()
-        assert task
-        self._running.discard(task)
+        self._running = None
+        self._concurrency = max(len(group) + len(self._waiting), self._concurrency * 0.8)
         if self._waiting:
             self._start_if_worth()
 
@@ -188,8 +176,9 @@ class GroupCommit:
         """Finish what waits."""
         while self._waiting or self._running:
             self._start()
-            await asyncio.wait(self._running)
-        self._threads.shutdown()
+            if self._running:
+                await self._running
+        self._thread.shutdown()
 
 
 def pushes(requests: Sequence[Request], name: str, window: int, *, keep_dead_letters: bool) -> Iterator[Push]:
