@@ -29,7 +29,8 @@ class RunningReceiver:
         self._environment = environment | {f"D2P_{name.upper()}": value for name, value in settings.items()}
         self._command = [sys.executable, "-m", "d2p_pipeline.cli.main", "receive", "--port", str(port)]
         self.process = self.start()
-        self.url = f"http://127.0.0.1:{port}"
+        scheme = "https" if "tls_cert" in settings else "http"
+        self.url = f"{scheme}://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
         self._wait()
 
@@ -46,11 +47,22 @@ class RunningReceiver:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()
             try:
-                self.client.get("/healthcheck/")
+                if self.url.startswith("https"):  # whom it lets in is the test's affair
+                    socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), 30).close()
+                else:
+                    self.client.get("/healthcheck/")
                 return
-            except httpx.TransportError:
+            except (httpx.TransportError, ConnectionError):
                 pass
         raise AssertionError(f"the receiver did not come up: {self.log.read_text()}")
+
+    def kill(self) -> None:
+        """End it and its workers by SIGKILL, all at once."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for process in (self.process.pid, *map(int, children)):
+            os.kill(process, signal.SIGKILL)
+        self.client.close()
+        self.process.wait(60)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit code."""

@@ -19,6 +19,7 @@ from granian.rsgi import Scope
 from granian.server import Server
 
 from d2p_pipeline import logs, wiring
+from d2p_pipeline.buffer.embedded import end_with_parent
 from d2p_pipeline.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Application:
         self._receiver: Receiver | None = None
 
     def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        end_with_parent()  # a worker that outlived its server would go on under settings that are no more
         settings = load()
         logs.configure(settings.log_formatter, debug=settings.debug)
         self._receiver = receiver(settings)
