@@ -149,7 +149,7 @@ def test_tokens_of_a_file_rotate_without_a_restart(
     until(lambda: status("old-token") == 401)
     path.write_text("")  # by mistake: the tokens stay as they were
     until(lambda: "holds no token" in receiver.log.read_text() or status("new-token") != 201)
-    assert (status("new-token"), status("fixed"), status("")) == (201, 201, 401)
+    assert (status("new-token"), status("fixed"), status("wrong")) == (201, 201, 401)
     for open_path in ("/healthcheck/", "/ready", "/openapi.json"):
         assert receiver.client.get(open_path).status_code == 200
     assert receiver.client.get("/metrics").status_code == 401
