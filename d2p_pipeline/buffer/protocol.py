@@ -143,6 +143,20 @@ class ClaimLostError(Exception):
         )
 
 
+FORMAT = 1
+"""Of batches in Redis. Grows when an earlier version could no longer deliver what this one seals."""
+
+
+class NewerFormatError(Exception):
+    """A later version sealed the batch; it stays as it is."""
+
+    def __init__(self, ref: BatchRef, found: int) -> None:
+        super().__init__(
+            f"batch {ref.id} of key {ref.key!r} was sealed by a later version: it has format {found}, this version knows up to "
+            f"{FORMAT}; upgrade this process, nothing is lost meanwhile"
+        )
+
+
 class BufferFullError(Exception):
     """The buffer can take no more for now; nothing of this push was stored."""
 

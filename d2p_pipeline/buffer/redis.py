@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from d2p_pipeline.buffer.letters import LetterQueues
 from d2p_pipeline.buffer.names import Names, glob
 from d2p_pipeline.buffer.protocol import (
+    FORMAT,
     Announcement,
     Batch,
     BatchRef,
@@ -23,6 +24,7 @@ from d2p_pipeline.buffer.protocol import (
     Claim,
     ClaimLostError,
     Deliveries,
+    NewerFormatError,
     Push,
     Seal,
     State,
@@ -225,7 +227,9 @@ class RedisBuffer:
 
     def _claim(self, ref: BatchRef, owner: str, lease_ms: int, token: int) -> int:
         keys = [self._names.of(self._names.lock, *ref), self._names.of("batch-meta", *ref)]
-        [(_, held)] = self._run([Call("claim", keys, [owner, lease_ms, token])])
+        [(answer, held)] = self._run([Call("claim", keys, [owner, lease_ms, token, FORMAT])])
+        if answer == b"newer":
+            raise NewerFormatError(ref, held)
         return held
 
     def release(self, claim: Claim) -> None:

@@ -2,8 +2,9 @@
 --
 -- KEYS  1 lock  string  the owner, for as long as the lease lasts
 --       2 meta  hash    the batch; field token is the newest fencing token
--- ARGV  1 owner, unique to this claim   2 lease in ms   3 the token to renew, or 0 to take
--- Returns {'held', token} when the batch is ours; {'busy', 0}, {'stale', 0}, {'done', 0} or {'gone', 0} when it is not.
+-- ARGV  1 owner, unique to this claim   2 lease in ms   3 the token to renew, or 0 to take   4 the newest format we know
+-- Returns {'held', token} when the batch is ours; {'busy', 0}, {'stale', 0}, {'done', 0} or {'gone', 0} when it is not;
+-- {'newer', format} when a later version sealed it.
 --
 -- PERSIST changes nothing, but it is a write that Redis allows when it is out of memory, and then it allows the others.
 
@@ -12,6 +13,11 @@ if not state then
   return {'gone', 0}
 elseif state == 'done' then
   return {'done', 0}
+end
+
+local format = tonumber(redis.call('HGET', KEYS[2], 'format') or 1)
+if format > tonumber(ARGV[4]) then
+  return {'newer', format}
 end
 
 local token = redis.call('HGET', KEYS[2], 'token')
