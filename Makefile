@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint format bench clean
+.PHONY: help install demo up test lint format bench soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ format: install ## let ruff rewrite the tree
 
 bench: install ## time the engine against others
 	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: install ## schedules of faults, their books as lines of JSON; ARGS="FIRST COUNT"
+	$(BIN)/python -m d2p_pipeline_tests.faults $(or $(ARGS),1 200)
 
 clean: ## remove the environment and all local state
 	rm -rf .venv .d2p out

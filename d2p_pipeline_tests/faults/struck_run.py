@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from d2p_pipeline.buffer.protocol import BatchRef
 
@@ -143,16 +143,11 @@ def tick(requests: Path) -> int:
     from d2p_pipeline.orchestration.sensor import buffer_sensor
 
     with dg.DagsterInstance.ephemeral() as instance, dg.build_sensor_context(instance=instance) as context:
-        asked = buffer_sensor(context)
-    found = [request.run_config for request in getattr(asked, "run_requests", None) or _all(asked)]
+        found = [one.run_config for one in cast(Any, buffer_sensor(context)) if isinstance(one, dg.RunRequest)]
     temporary = requests.with_suffix(".tmp")
     temporary.write_text(json.dumps(found))
     temporary.rename(requests)
     return 0
-
-
-def _all(asked: Any) -> list[Any]:
-    return [request for request in asked if hasattr(request, "run_config")]
 
 
 def strike_at(point: str, blow: signal.Signals) -> None:

@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 
 from d2p_pipeline.buffer.protocol import NewerFormatError, Seal
-from d2p_pipeline.dead_letters import Selection, select
+from d2p_pipeline.records.dead_letter import DeadLetter
 from d2p_pipeline_tests.pipeline import Pipeline, line
 from d2p_pipeline_tests.receiving import StartReceiver
 
@@ -91,8 +91,8 @@ def test_what_version_0_1_left_in_redis_is_delivered(pipeline: Pipeline, redis_c
     assert pipeline.flush().success
     expected = ["also of the second unit", "buffered", "buffered too", "failed", "foreign", "sealed"]
     assert pipeline.messages() == expected  # what the first unit wrote is not in this directory
-    [letter] = select(pipeline.buffer, Selection())
-    assert letter.letter.raw == b"no record"
+    [letter] = pipeline.buffer.dead_letters("payments")
+    assert DeadLetter.from_json(letter).raw == b"no record"
     totals = dict(pipeline.buffer.totals())
     assert {key: (one.accepted, one.rows, one.dead_letters) for key, one in totals.items()} == {
         "payments": (4, 3, 1),
