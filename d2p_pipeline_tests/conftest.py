@@ -26,25 +26,26 @@ pytest_plugins = [
 settings.register_profile("d2p", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("d2p")
 
-WHOLE_SYSTEM = Path(__file__).parent / "e2e"
+TESTS = Path(__file__).parent
+LONG = {TESTS / "e2e", TESTS / "faults" / "test_schedules.py", TESTS / "faults" / "test_broken_uploads.py"}
 
 FULL_RECORDS = 100
 FULL_BYTES = 10_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the whole system first, on every other worker: they wait for ticks while the others use the processor.
+    """Tests that mostly wait come first, on every other worker, while the others use the processor.
 
     `--dist worksteal` gives each worker one run of consecutive tests to begin with.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    whole = [item for item in items if WHOLE_SYSTEM in item.path.parents]
-    others = [item for item in items if WHOLE_SYSTEM not in item.path.parents]
+    long = [item for item in items if LONG & {item.path, item.path.parent}]
+    others = [item for item in items if not LONG & {item.path, item.path.parent}]
     lanes = (workers + 1) // 2
     share = len(items) * 2 // workers if workers > 1 else len(items)
     items.clear()
     for lane in range(lanes):
-        first = whole[lane::lanes]
+        first = long[lane::lanes]
         count = max(0, share - len(first)) if lane < lanes - 1 else len(others)
         items += first + others[:count]
         del others[:count]

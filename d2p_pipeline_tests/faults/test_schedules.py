@@ -7,6 +7,8 @@ import pytest
 from d2p_pipeline_tests.faults.schedule import schedule
 from d2p_pipeline_tests.faults.world import World
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
