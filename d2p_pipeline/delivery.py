@@ -21,7 +21,15 @@ import pyarrow as pa
 
 from d2p_pipeline import __version__
 from d2p_pipeline.buffer.lease import Leases
-from d2p_pipeline.buffer.protocol import Announcement, Batch, BatchRef, Buffer, Claim, ClaimLostError
+from d2p_pipeline.buffer.protocol import (
+    Announcement,
+    Batch,
+    BatchRef,
+    Buffer,
+    Claim,
+    ClaimLostError,
+    NewerFormatError,
+)
 from d2p_pipeline.parquet.encode import Encoding, encode, split
 from d2p_pipeline.parquet.layout import file_path, md5_of, with_token
 from d2p_pipeline.records import chunk
@@ -57,6 +65,16 @@ class Unit:
     """What one pass converts: a large batch's part, or several small batches together."""
 
     parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run has to do, and the batches there is nothing to do for: delivered already, or in another run's hands; and
+    those that only a later version can deliver."""
+
+    units: list[Unit]
+    skipped: list[BatchRef]
+    refused: dict[BatchRef, NewerFormatError]
 
 
 @dataclass(frozen=True)
@@ -117,23 +135,23 @@ class Delivered:
     preview: list[dict[str, object]]
 
 
-def plan(
-    buffer: Buffer, leases: Leases, refs: Iterable[BatchRef], unit_bytes: int
-) -> tuple[list[Unit], list[BatchRef]]:
-    """Claim batches and cut them into units of about `unit_bytes` raw bytes.
-
-    Also returns the batches there is nothing to do for: delivered already, or in another run's hands.
-    """
+def plan(buffer: Buffer, leases: Leases, refs: Iterable[BatchRef], unit_bytes: int) -> Planned:
+    """Claim batches and cut them into units of about `unit_bytes` raw bytes."""
     parts: list[Part] = []
     skipped: list[BatchRef] = []
+    refused: dict[BatchRef, NewerFormatError] = {}
     for ref in refs:
-        claim = leases.take(ref)
+        try:
+            claim = leases.take(ref)
+        except NewerFormatError as error:
+            refused[ref] = error
+            continue
         batch = buffer.batch(ref) if claim else None
         if claim is None or batch is None:
             skipped.append(ref)
         else:
             parts.extend(_parts(buffer, claim, batch, unit_bytes))
-    return list(_units(parts, unit_bytes)), skipped
+    return Planned(list(_units(parts, unit_bytes)), skipped, refused)
 
 
 def _parts(buffer: Buffer, claim: Claim, batch: Batch, unit_bytes: int) -> Iterator[Part]:

@@ -70,6 +70,8 @@ class Batch(msgspec.Struct, frozen=True):
     failed_at: int = 0
     failed_token: int = 0
     error: str = ""
+    format: int = 1
+    """Above `FORMAT`: only a later version can deliver it."""
 
     @property
     def ref(self) -> "BatchRef":

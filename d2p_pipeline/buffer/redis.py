@@ -176,9 +176,11 @@ class RedisBuffer:
             ],
         )
         refs = [BatchRef(seal.key, seal.batch_id) for seal, done in zip(seals, sealed, strict=True) if done]
+        batches = [batch for batch in self._batches(refs) if batch is not None]
         look_at = self.now() + look_in
-        self._schedule(self._names.batches, {_member(ref): look_at for ref in refs})
-        return [batch for batch in self._batches(refs) if batch is not None]
+        # An order that arrives again may find its batch in recovery or delivered.
+        self._schedule(self._names.batches, {_member(batch.ref): look_at for batch in batches if batch.state == "open"})
+        return batches
 
     def batch(self, ref: BatchRef) -> Batch | None:
         return self._batches([ref])[0]
@@ -441,4 +443,5 @@ def _batch(ref: BatchRef, meta: dict[bytes, bytes]) -> Batch:
         failed_at=int(fields.get("failed_at", 0)),
         failed_token=int(fields.get("failed_token", 0)),
         error=_text(fields.get("error", b"")),
+        format=int(fields.get("format", 1)),
     )

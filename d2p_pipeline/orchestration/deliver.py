@@ -20,10 +20,11 @@ def deliver(
     """Deliver what is left of batches. A batch that fails goes (back) into recovery with its reason, and holds up no other."""
     delivered: list[Delivered] = []
     failed: dict[BatchRef, Exception] = {}
-    units, skipped = parts.plan(refs)
-    for ref in skipped:
+    planned = parts.plan(refs)
+    failed |= planned.refused
+    for ref in planned.skipped:
         context.log.info(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it")
-    for unit in units:
+    for unit in planned.units:
         if all(part.claim.batch in failed for part in unit.parts):
             continue
         try:

@@ -55,11 +55,13 @@ def plan_units(
         delivery_parts.leases.attend(keys, delivery_parts.settings.run_seconds)
     else:
         refs = seal_now(delivery_parts.buffer, config.keys, config.reason)
-    units, skipped = delivery_parts.plan(refs)
-    for ref in skipped:
+    planned = delivery_parts.plan(refs)
+    for error in planned.refused.values():
+        context.log.error(str(error))
+    for ref in planned.skipped:
         context.log.info(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it")
-    context.log.info(f"{len(refs)} batches, {len(units)} units")
-    for number, unit in enumerate(units):
+    context.log.info(f"{len(refs)} batches, {len(planned.units)} units")
+    for number, unit in enumerate(planned.units):
         yield dg.DynamicOutput(unit, mapping_key=f"{number:05}")  # Dagster runs them in the order of their names
 
 
@@ -109,7 +111,7 @@ def acknowledge(
 
 @dataclass(frozen=True)
 class Deliveries:
-    """What a run delivered, and what it could not of the batches it went on with."""
+    """What a run delivered, and what it could not: batches of a later version, and those it went on with that failed."""
 
     done: list[Delivered]
     failed: dict[BatchRef, Exception]
@@ -124,7 +126,7 @@ def go_on(
 ) -> Deliveries:
     """Deliver what became due of the run's keys meanwhile: a busy key need not pay the start of a run for each batch."""
     done = [part for unit in units for part in unit]
-    failed: dict[BatchRef, Exception] = {}
+    failed = dict(delivery_parts.refused)
     batches, due = 0, became_due(context, delivery_parts)
     while sum(part.part.size for part in done) < delivery_parts.settings.run_bytes and (refs := next(due, None)):
         more, reasons = deliver(delivery_parts, parquet, refs, context)
@@ -169,7 +171,7 @@ def report(context: dg.OpExecutionContext, deliveries: Deliveries, delivery_part
     report_deliveries(context, deliveries.done, now=delivery_parts.buffer.now(), took=took)
     if deliveries.failed:
         shown = "; ".join(f"batch {ref.id}: {error}" for ref, error in list(deliveries.failed.items())[:5])
-        raise dg.Failure(f"{len(deliveries.failed)} batches went into recovery: {shown}", allow_retries=False)
+        raise dg.Failure(f"{len(deliveries.failed)} batches are not delivered: {shown}", allow_retries=False)
 
 
 def retry_policy() -> dg.RetryPolicy:

@@ -14,7 +14,7 @@ from dagster import DagsterRunStatus
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus, PartitionBackfill
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
-from d2p_pipeline.buffer.protocol import Batch
+from d2p_pipeline.buffer.protocol import FORMAT, Batch
 from d2p_pipeline.delivery import Delivered
 from d2p_pipeline.orchestration.assets import report_deliveries
 from d2p_pipeline.orchestration.deliver import deliver
@@ -91,7 +91,9 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
     waiting = {batch.id for batch in buffer.recovering()}
     held = _held(instance, known)
     free = [
-        batch for batch in buffer.recovering(buffer.now()) if batch.id not in held and not buffer.is_claimed(batch.ref)
+        batch
+        for batch in buffer.recovering(buffer.now())
+        if batch.format <= FORMAT and batch.id not in held and not buffer.is_claimed(batch.ref)
     ]
     lost = [batch for batch in free if batch.token > batch.failed_token]
     give_up(

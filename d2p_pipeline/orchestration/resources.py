@@ -6,7 +6,7 @@ Its methods are the steps of `d2p_pipeline.delivery` with the settings filled in
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import dagster as dg
@@ -17,7 +17,7 @@ from d2p_pipeline.ahead import Ahead
 from d2p_pipeline.buffer.lease import Leases
 from d2p_pipeline.buffer.protocol import BatchRef
 from d2p_pipeline.buffer.redis import RedisBuffer
-from d2p_pipeline.delivery import Announced, Delivered, ParquetFile, Rows, Text, Unit, Written
+from d2p_pipeline.delivery import Announced, Delivered, ParquetFile, Planned, Rows, Text, Unit, Written
 from d2p_pipeline.settings import Settings, load
 
 
@@ -35,6 +35,7 @@ class DeliveryResource(dg.ConfigurableResource):
     _buffer: RedisBuffer | None = PrivateAttr(default=None)
     _leases: Leases | None = PrivateAttr(default=None)
     _units: list[Unit] = PrivateAttr(default_factory=list)
+    _refused: Mapping[BatchRef, Exception] = PrivateAttr(default_factory=dict)
     _pool: ThreadPoolExecutor | None = PrivateAttr(default=None)
     _ahead: Ahead | None = PrivateAttr(default=None)
     _began: float = PrivateAttr(default_factory=time.monotonic)
@@ -81,13 +82,18 @@ class DeliveryResource(dg.ConfigurableResource):
         """Seconds since the run opened this."""
         return time.monotonic() - self._began
 
-    def plan(self, refs: Iterable[BatchRef]) -> tuple[list[Unit], list[BatchRef]]:
-        """Claim batches and cut them into units; the second list: those there is nothing to do for."""
+    def plan(self, refs: Iterable[BatchRef]) -> Planned:
+        """Claim batches and cut them into units."""
         assert self._pool
-        units, skipped = delivery.plan(self.buffer, self.leases, refs, self.settings.unit_bytes)
-        self._units = units
-        self._ahead = Ahead(self._pool, self.jobs, units, read=self._read, check=self._check, build=self._build)
-        return units, skipped
+        planned = delivery.plan(self.buffer, self.leases, refs, self.settings.unit_bytes)
+        self._units, self._refused = planned.units, planned.refused
+        self._ahead = Ahead(self._pool, self.jobs, planned.units, read=self._read, check=self._check, build=self._build)
+        return planned
+
+    @property
+    def refused(self) -> Mapping[BatchRef, Exception]:
+        """Batches of the plan that only a later version can deliver."""
+        return self._refused
 
     def unit(self, number: int) -> Unit:
         """A unit of the plan."""

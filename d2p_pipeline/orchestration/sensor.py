@@ -17,7 +17,7 @@ import dagster as dg
 from ulid import ULID
 
 from d2p_pipeline import wiring
-from d2p_pipeline.buffer.protocol import Batch, BatchRef, Buffer, BufferFullError, Seal
+from d2p_pipeline.buffer.protocol import FORMAT, Batch, BatchRef, Buffer, BufferFullError, NewerFormatError, Seal
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.orchestration.decide import Share, limits_of, share_runs, why_seal
 from d2p_pipeline.orchestration.failures import give_up
@@ -95,7 +95,7 @@ def tick(context: dg.SensorEvaluationContext, buffer: Buffer, settings: Settings
     limits = dataclasses.replace(limits, runs=max(0, limits.runs - len(queue)))
     if limits.runs:  # else buffers grow where they are: one large batch costs less than many small ones
         buffer.seal([Seal(state.key, str(ULID()), why_seal(state, now, limits)) for state in due])
-    free = unheld(context.instance, buffer, queue)
+    free = deliverable(context, buffer, unheld(context.instance, buffer, queue))
     hopeless = [batch for batch in free if batch.requests >= settings.run_attempts]
     hopeful = [batch for batch in free if batch.requests < settings.run_attempts]
     what = f"{settings.run_attempts} runs were asked for and none delivered it"
@@ -117,6 +117,16 @@ def unheld(instance: dg.DagsterInstance, buffer: Buffer, queue: Sequence[dg.Dags
     later = buffer.now() + LOOK_AGAIN_MS
     buffer.postpone({batch.ref: later for batch in batches if batch.ref in taken})
     return [batch for batch in batches if batch.ref not in taken]
+
+
+def deliverable(context: dg.SensorEvaluationContext, buffer: Buffer, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches this version can deliver; the others wait for their version, and no run is asked for."""
+    newer = [batch for batch in batches if batch.format > FORMAT]
+    for batch in newer:
+        context.log.error(str(NewerFormatError(batch.ref, batch.format)))
+    later = buffer.now() + LOOK_AGAIN_LIMIT_MS
+    buffer.postpone({batch.ref: later for batch in newer})
+    return [batch for batch in batches if batch.format <= FORMAT]
 
 
 def _look_again(batch: Batch) -> int:

@@ -173,7 +173,7 @@ class Machine(RuleBasedStateMachine):
     def start(self, ref: BatchRef, variant: int) -> Run | None:
         self.number += 1
         leases = Leases(self.buffer, f"run {self.number}", LEASE)
-        units, _ = delivery.plan(self.buffer, leases, [ref], UNIT_BYTES)
+        units = delivery.plan(self.buffer, leases, [ref], UNIT_BYTES).units
         if not units:
             return None
         run = Run(leases, variant, [Unit((part,)) for unit in units for part in unit.parts])

@@ -136,6 +136,18 @@ def test_a_full_server_refuses_a_push_whole_and_lets_deliveries_go_on(
     assert dict(redis_buffer.totals()) == {"k": Totals(accepted=2, rows=0, dead_letters=2)}
 
 
+def test_a_seal_that_arrives_again_leaves_its_batch_in_recovery_alone(
+    redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    redis_buffer.push([CHUNK])
+    redis_buffer.seal([Seal("k", "B1", "age")])
+    claim = redis_buffer.claim(REF, "run", 60_000)
+    assert claim
+    redis_buffer.fail(claim, "disk full")
+    assert [batch.state for batch in redis_buffer.seal([Seal("k", "B1", "age")])] == ["recovery"]
+    assert (redis_client.zcard("batches"), redis_client.zcard("recovery")) == (0, 1)
+
+
 def test_another_programs_value_under_our_name_is_left_alone_and_named(
     redis_client: Redis, redis_buffer: RedisBuffer
 ) -> None:

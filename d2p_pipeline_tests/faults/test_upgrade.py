@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import dagster as dg
 import pytest
 from redis import Redis
 
 from d2p_pipeline.buffer.protocol import NewerFormatError, Seal
+from d2p_pipeline.orchestration.sensor import buffer_sensor
 from d2p_pipeline.records.dead_letter import DeadLetter
 from d2p_pipeline_tests.pipeline import Pipeline, line
 from d2p_pipeline_tests.receiving import StartReceiver
@@ -117,11 +119,16 @@ def test_a_batch_of_a_later_format_is_refused_and_stays(pipeline: Pipeline, redi
     redis_client.hset("batch-meta:{payments}:B1", "format", 2)
     with pytest.raises(NewerFormatError, match=r"B1 of key 'payments'.*format 2.*knows up to 1.*upgrade"):
         pipeline.buffer.claim(batch.ref, "run", 1000)
-    assert not pipeline.flush(batch.ref).success
-    assert pipeline.files() == []
+    pipeline.receive([line("orders", "of this version")], "2")
+    [other] = pipeline.buffer.seal([Seal("orders", "B2", "age")])
+    assert not pipeline.flush(batch.ref, other.ref).success
+    assert pipeline.messages() == ["of this version"]  # it holds up no other batch of its run
+    assert (
+        list(buffer_sensor.evaluate_tick(dg.build_sensor_context(instance=pipeline.instance)).run_requests or []) == []
+    )
     redis_client.hset("batch-meta:{payments}:B1", "format", 1)
     assert pipeline.flush(batch.ref).success
-    assert pipeline.messages() == ["m"]
+    assert pipeline.messages() == ["m", "of this version"]
 
 
 def test_receivers_replaced_one_after_the_other_lose_nothing(pipeline: Pipeline, start_receiver: StartReceiver) -> None:
