@@ -166,10 +166,17 @@ def dagster_home(home: Path, *, postgres: bool = False) -> Path:
     ours = (files("d2p_pipeline.orchestration") / "dagster.yaml").read_text()
     first_line = ours.partition("\n")[0]
     if not configuration.exists() or configuration.read_text().startswith(first_line):
-        configuration.write_text(ours + _POSTGRES if postgres else ours)
+        configuration.write_text(ours + (_POSTGRES if postgres else _SQLITE.format(json.dumps(str(directory)))))
     return directory
 
 
+_SQLITE = """storage:
+  custom:
+    module: d2p_pipeline.orchestration.sqlite
+    class: KeptSqliteStorage
+    config:
+      base_dir: {}
+"""
 _POSTGRES = """storage:
   custom:
     module: d2p_pipeline.orchestration.postgres
