@@ -1,4 +1,4 @@
-"""Keeps a run's claims alive: one thread renews every lease a third of its length before it ends.
+"""Keeps a run's claims alive: one thread renews every lease a third of its length before it ends, and says that the run lives.
 
 A claim that was lost meanwhile (the process was paused for longer than the lease) is dropped here and logged; the work done
 under it is refused by its stale token when it comes to be acknowledged.
@@ -16,11 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class Leases:
-    """Claims of one owner, renewed until released."""
+    """Claims of one owner, renewed until released. `run`: the run that says that it lives, if any."""
 
-    def __init__(self, buffer: Buffer, owner: str, lease_ms: int) -> None:
+    def __init__(self, buffer: Buffer, owner: str, lease_ms: int, run: str | None = None) -> None:
         self._buffer = buffer
         self._owner = owner
+        self._run = run
         self._lease_ms = lease_ms
         self._claims: dict[BatchRef, Claim] = {}
         self._keys: Sequence[str] = ()
@@ -58,12 +59,17 @@ class Leases:
             keys = self._keys if time.monotonic() < self._attend_until else ()
         self._buffer.attend(keys, self._buffer.now() + self._lease_ms)
 
+    def _live(self) -> None:
+        if self._run:
+            self._buffer.lives(self._run, self._buffer.now() + self._lease_ms)
+
     def _keep(self) -> None:
         while not self._stop.wait(self._lease_ms / 3000):
             try:
+                self._live()
                 self._attend()
             except BufferUnavailableError as error:
-                log.warning("keys not attended: %s", error)
+                log.warning("not said that this run lives: %s", error)
             with self._lock:
                 claims = list(self._claims.values())
             for claim in claims:
@@ -77,6 +83,7 @@ class Leases:
                     self.drop(claim.batch)
 
     def __enter__(self) -> "Leases":
+        self._live()
         self._thread.start()
         return self
 
@@ -87,8 +94,10 @@ class Leases:
         self._thread.join()
         try:
             self._buffer.leave(self._keys)
+            if self._run:
+                self._buffer.ends(self._run)
         except BufferUnavailableError as reason:
-            log.warning("keys not left, which others learn by themselves: %s", reason)
+            log.warning("not said that this run ends, which others learn by themselves: %s", reason)
         for claim in self._claims.values():
             try:
                 self._buffer.release(claim)

@@ -58,6 +58,7 @@ class MemoryBuffer:
         self._deliveries: dict[str, Deliveries] = {}
         self._pushed: dict[tuple[str, str], int] = {}
         self._attended: dict[str, int] = {}
+        self._runs: dict[str, int] = {}
 
     def now(self) -> int:
         return time.time_ns() // 1_000_000
@@ -118,6 +119,18 @@ class MemoryBuffer:
         with self._lock:
             for key in keys:
                 self._attended.pop(key, None)
+
+    def lives(self, run: str, until: int) -> None:
+        with self._lock:
+            self._runs[run] = until
+
+    def ends(self, run: str) -> None:
+        with self._lock:
+            self._runs.pop(run, None)
+
+    def silent(self, since: int) -> dict[str, int]:
+        with self._lock:
+            return {run: until for run, until in self._runs.items() if until < since}
 
     def _is_due(self, state: BufferState, before: int) -> bool:
         return self._is_full(state) or state.first <= before

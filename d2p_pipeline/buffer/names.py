@@ -33,6 +33,7 @@ class Names(msgspec.Struct, frozen=True):
     batches: str = "batches"
     recovery: str = "recovery"
     attended: str = "attended"
+    runs: str = "runs"
 
     def of(self, prefix: str, key: str, suffix: str = "") -> bytes:
         """`prefix:{key}` or `prefix:{key}:suffix`."""

@@ -203,6 +203,18 @@ class Buffer(Protocol):
         """The run that attended these keys ends."""
         ...
 
+    def lives(self, run: str, until: int) -> None:
+        """A run says that it lives, and that it will say so again before then."""
+        ...
+
+    def ends(self, run: str) -> None:
+        """A run says that it ends, or somebody has seen that it has."""
+        ...
+
+    def silent(self, since: int) -> dict[str, int]:
+        """Runs that should have said before `since` that they live, and until when they said so."""
+        ...
+
     def waiting(self) -> Iterator[BufferState]:
         """Every buffer with records, in no order; costs what exists, not what is due."""
         ...

@@ -118,6 +118,17 @@ class RedisBuffer:
     def leave(self, keys: Sequence[str]) -> None:
         self._forget(self._names.attended, keys)
 
+    def lives(self, run: str, until: int) -> None:
+        self._schedule(self._names.runs, {run: until})
+
+    def ends(self, run: str) -> None:
+        self._forget(self._names.runs, [run])
+
+    def silent(self, since: int) -> dict[str, int]:
+        runs = self._one("ZRANGEBYSCORE", self._names.runs, "-inf", f"({since}")
+        ends = self._scores(self._names.runs, runs)
+        return {_text(run): int(end) for run, end in zip(runs, ends, strict=True) if end is not None}
+
     def _scores(self, index: str, members: Sequence[bytes | str]) -> list[float | None]:
         scores = self._run([Call("ZMSCORE", None, [index, *page]) for page in pages(members)])
         return [None if score is None else float(score) for score in chain.from_iterable(scores)]

@@ -3,6 +3,7 @@
 Materializing a partition of `recovery`, from the UI, the command line or the Python API, delivers that batch. The sensor adds
 the partitions of batches that came into recovery while Dagster was not looking, asks for automatic attempts when they are
 due, and removes partitions whose batch is delivered. It never removes one under a run or a backfill: Dagster would fail it.
+Before that it fails runs that were lost with their host.
 """
 
 import time
@@ -21,6 +22,7 @@ from d2p_pipeline.orchestration.deliver import deliver
 from d2p_pipeline.orchestration.failures import give_up
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.keys import RECOVERY, partition_of
+from d2p_pipeline.orchestration.lost_runs import fail_lost_runs
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.orchestration.sensor import parts as parts_of_process
 from d2p_pipeline.settings import load
@@ -85,6 +87,7 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
     if settings.redis_skip_flush:
         return dg.SkipReason("this instance only receives (redis_skip_flush)")
     instance = context.instance
+    fail_lost_runs(instance, buffer, int(settings.redis_lock_ttl * 1000), context.log)
     known = instance.get_dynamic_partitions(
         RECOVERY
     )  # before `waiting`: what fails in between is not taken for delivered

@@ -47,13 +47,13 @@ class DeliveryResource(dg.ConfigurableResource):
         for warning in warnings:
             if context.log:
                 context.log.warning(warning)
-        run = context.run.run_id if context.run else "no-run"
-        owner = f"{settings.redis_lock_instance_name}:{run}:{os.getpid()}"
+        run = context.run.run_id if context.run else None
+        owner = f"{settings.redis_lock_instance_name}:{run or 'no-run'}:{os.getpid()}"
         self._buffer, self._began = buffer, time.monotonic()
         with (
             contextlib.closing(buffer),
             contextlib.closing(_Threads(self.jobs, "d2p-unit")) as self._pool,
-            Leases(buffer, owner, int(settings.redis_lock_ttl * 1000)) as self._leases,
+            Leases(buffer, owner, int(settings.redis_lock_ttl * 1000), run) as self._leases,
         ):
             yield self
 

@@ -59,6 +59,15 @@ def test_a_claim_lost_to_another_run_is_not_renewed(buffer: Buffer) -> None:
     assert buffer.is_claimed(REF)
 
 
+def test_a_run_says_that_it_lives_for_as_long_as_it_works(buffer: Buffer) -> None:
+    with Leases(buffer, "owner", 300, "run 1"):
+        said = buffer.silent(buffer.now() + 1000)
+        assert said.keys() == {"run 1"}
+        until(lambda: buffer.silent(buffer.now() + 1000)["run 1"] > said["run 1"])
+        assert buffer.silent(said["run 1"]) == {}
+    assert buffer.silent(buffer.now() + 1000) == {}
+
+
 def test_keys_are_attended_while_the_run_lives_and_no_longer_than_it_said(buffer: Buffer) -> None:
     def due() -> bool:
         return bool(buffer.due(buffer.now() + 1000, 10))

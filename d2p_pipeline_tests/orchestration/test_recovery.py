@@ -241,6 +241,38 @@ def backfill_of(pipeline: Pipeline, batches: list[Batch]) -> PartitionBackfill:
     )
 
 
+def test_runs_that_give_no_sign_of_life_are_failed_and_others_are_not(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "0.001")
+    sensor.parts.cache_clear()
+    started = dg.DagsterRunStatus.STARTED
+    lost, living, ended = (create_run_for_test(pipeline.instance, job_name="recover", status=started) for _ in range(3))
+    silent = create_run_for_test(pipeline.instance, job_name="user_job", status=started)  # never says anything
+    for run_id in (lost.run_id, ended.run_id, "of another instance"):
+        pipeline.buffer.lives(run_id, pipeline.buffer.now() - 1)
+    pipeline.instance.report_run_canceled(ended)
+    [batch] = failed_in_between(pipeline, 1)
+    pipeline.buffer.lives(living.run_id, pipeline.buffer.now() - 1)
+    tick(pipeline)
+    statuses = {run.run_id: run.status for run in pipeline.instance.get_runs()}
+    assert statuses[lost.run_id] == started  # Redis may have been away
+
+    def is_failed() -> bool:
+        pipeline.buffer.lives(living.run_id, pipeline.buffer.now() - 1)
+        tick(pipeline)
+        [run] = pipeline.instance.get_runs(dg.RunsFilter([lost.run_id]))
+        return run.status == dg.DagsterRunStatus.FAILURE
+
+    until(is_failed)
+    assert [run.run_id for run in pipeline.instance.get_runs(dg.RunsFilter(statuses=[started]))] == [
+        silent.run_id,
+        living.run_id,
+    ]
+    assert pipeline.buffer.silent(pipeline.buffer.now()).keys() == {"of another instance", living.run_id}
+    assert batch.id in partitions(pipeline)
+
+
 def test_a_recovery_whose_runs_are_killed_is_counted_and_at_last_waits_for_a_person(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
