@@ -21,7 +21,7 @@ Refusal = Literal[
     "key_full",
     "buffer_full",
     "buffer_unavailable",
-    "buffer_refused",
+    "defect",
 ]
 
 

@@ -41,6 +41,10 @@ class Packed(NamedTuple):
     size: int
 
 
+Done = Callable[[Exception | None], None]
+"""Told once whether a request was stored, or why nothing of it was. Raises nothing."""
+
+
 @dataclass
 class Request:
     """What one request brings: canonical lines and dead letters by key; of a large one, full chunks too.
@@ -96,7 +100,7 @@ class GroupCommit:
         self._keep_dead_letters = keep_dead_letters
         self._pressure = pressure
         self._observe = observe
-        self._waiting: deque[tuple[Request, asyncio.Future[None]]] = deque()
+        self._waiting: deque[tuple[Request, Done]] = deque()
         self._running: asyncio.Task[None] | None = None
         self._concurrency = 1.0
         self._seconds = 0.0
@@ -109,13 +113,34 @@ class GroupCommit:
         """Return when the buffer has the whole request; raises what the buffer raises, with nothing of it stored."""
         if self._pressure:
             await self._pressure.admit(request)
-        done = asyncio.get_running_loop().create_future()
+        stored = asyncio.get_running_loop().create_future()
+
+        def done(error: Exception | None) -> None:
+            if stored.done():  # whoever waited went away
+                return
+            if error:
+                stored.set_exception(error)
+            else:
+                stored.set_result(None)
+
+        self._add(request, done)
+        await stored
+
+    @property
+    def takes_at_once(self) -> bool:
+        """Whether `submit` may be used; else `store`."""
+        return self._pressure is None or self._pressure.is_known
+
+    def submit(self, request: Request, done: "Done") -> None:
+        """`store` without a wait: `done` is called with None or the error. Raises if there is no room."""
+        if self._pressure:
+            self._pressure.admit_now(request)
+        self._add(request, done)
+
+    def _add(self, request: Request, done: "Done") -> None:
         self._waiting.append((request, done))
         if self._running is None:
             self._start_if_worth()
-        await done
-        if self._pressure:
-            self._pressure.added(request.sizes())
 
     def _start_if_worth(self) -> None:
         """Begin a commit when most of those who are to be expected wait, or they do not come soon.
@@ -141,23 +166,23 @@ class GroupCommit:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         commit = loop.run_in_executor(self._thread, self._commit, [request for request, _ in group])
-        [outcome] = await asyncio.gather(commit, return_exceptions=True)
+        try:
+            outcome = await commit
+        except Exception as error:  # noqa: BLE001  # it is everybody's who waits
+            outcome = error
         self._seconds = time.perf_counter() - started
         self._observe(len(group), self._seconds, outcome is not None)
-        for _, done in group:
-            if done.done():  # its client went away
-                continue
-            if outcome is None:
-                done.set_result(None)
-            else:
-                done.set_exception(outcome)
+        for request, done in group:
+            if outcome is None and self._pressure:
+                self._pressure.added(request)
+            done(outcome)
         self._running = None
         self._concurrency = max(len(group) + len(self._waiting), self._concurrency * 0.8)
         if self._waiting:
             self._start_if_worth()
 
-    def _group(self) -> list[tuple[Request, "asyncio.Future[None]"]]:
-        group: list[tuple[Request, asyncio.Future[None]]] = []
+    def _group(self) -> list[tuple[Request, "Done"]]:
+        group: list[tuple[Request, Done]] = []
         size = 0
         while self._waiting and size < GROUP_BYTES:
             group.append(self._waiting.popleft())

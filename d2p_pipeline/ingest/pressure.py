@@ -36,13 +36,22 @@ class Pressure:
         self._look: asyncio.Task[None] | None = None
 
     async def admit(self, request: Request) -> None:
-        """Raises BufferFullError, or KeyFullError, when what waits already has reached a limit."""
+        """`admit_now`, after the first look."""
+        if not self.is_known and self._look:
+            await asyncio.shield(self._look)
+        self.admit_now(request)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there was a look already, or none is needed; begins one when the last is too old."""
         if not (self._max_key_bytes or self._max_bytes):
-            return
+            return True
         if self._look is None and time.monotonic() >= self._next_look:
             self._look = asyncio.create_task(self._looked())
-        if not self._next_look and self._look:
-            await asyncio.shield(self._look)
+        return self._next_look > 0
+
+    def admit_now(self, request: Request) -> None:
+        """Raises BufferFullError, or KeyFullError, when what waits already has reached a limit."""
         if self._max_bytes and self._total + self._added.total() >= self._max_bytes:
             raise BufferFullError(
                 f"{self._max_bytes} bytes or more wait for delivery (max_buffer_bytes); nothing was stored, try again later"
@@ -54,10 +63,10 @@ class Pressure:
                     "nothing was stored, try again later"
                 )
 
-    def added(self, sizes: Counter[str]) -> None:
-        """What was stored, in raw bytes by key."""
+    def added(self, request: Request) -> None:
+        """Count what was stored."""
         if self._max_key_bytes or self._max_bytes:
-            self._added.update(sizes)
+            self._added.update(request.sizes())
 
     async def _looked(self) -> None:
         before = self._added.copy()

@@ -7,11 +7,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from granian._granian import RSGIHTTPProtocol as HTTPProtocol
-from granian.rsgi import Scope
-
 from d2p_pipeline.ingest.answers import HttpError
 from d2p_pipeline.ingest.compression import Bounds, CompressionError, ExpandedTooLargeError, Expansion
+from d2p_pipeline.ingest.http import Exchange
 
 SMALL_BYTES = 256 << 10
 DISCARDED_BODIES = 4
@@ -42,23 +40,30 @@ class Bodies:
         self.held = 0
         """Bytes of all bodies now in memory, at most."""
 
-    def open(self, scope: Scope, protocol: HTTPProtocol) -> "Body":
+    def is_at_once(self, exchange: Exchange) -> bool:
+        """Whether all of a request's body is there, as it was before it was sent, and not too large."""
+        return (
+            exchange.complete
+            and exchange.waiting <= self.limits.body_bytes
+            and "content-encoding" not in exchange.headers
+        )
+
+    def open(self, exchange: Exchange) -> "Body":
         """The body of a request; `close` it when the request is answered."""
-        headers = scope.headers
-        encoding = headers.get("content-encoding")
-        length = headers.get("content-length")
-        return Body(self, protocol, encoding, int(length) if length is not None else None)
+        encoding = exchange.headers.get("content-encoding")
+        length = exchange.headers.get("content-length")
+        return Body(self, exchange, encoding, int(length) if length is not None else None)
 
 
 class Body:
     """One request's body, not read yet."""
 
-    __slots__ = ("_all", "_encoding", "_held", "_length", "_limits", "_protocol")
+    __slots__ = ("_all", "_encoding", "_exchange", "_held", "_length", "_limits")
 
-    def __init__(self, bodies: Bodies, protocol: HTTPProtocol, encoding: str | None, length: int | None) -> None:
+    def __init__(self, bodies: Bodies, exchange: Exchange, encoding: str | None, length: int | None) -> None:
         self._all = bodies
         self._limits = bodies.limits
-        self._protocol = protocol
+        self._exchange = exchange
         self._length = length
         self._held = 0
         self._encoding = None if encoding is None or encoding == "identity" else _NAMES.get(encoding.strip().lower())
@@ -72,15 +77,15 @@ class Body:
         """Whether `whole` reads it at once, as it was sent."""
         return self._encoding is None and self._length is not None and self._length <= SMALL_BYTES
 
+    def at_once(self) -> bytes:
+        """All of it, if it `is_at_once`."""
+        self._hold(self._exchange.waiting)
+        return self._exchange.take()
+
     async def whole(self) -> bytes:
         """All of it, expanded."""
-        if self.is_small and (length := self._length or 0) <= self._limits.body_bytes:
-            self._hold(length)
-            try:
-                async with asyncio.timeout(self._limits.body_seconds):
-                    return await self._protocol()
-            except TimeoutError:
-                raise self._too_slow() from None
+        if self._all.is_at_once(self._exchange):
+            return self.at_once()
         return b"".join([piece async for piece in self.pieces()])
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -105,17 +110,15 @@ class Body:
     async def _parts(self) -> AsyncIterator[bytes]:
         """As it was sent, in the time and up to the bytes it may take."""
         size, limit = 0, self._limits.body_bytes
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self._limits.body_seconds
-        parts = aiter(self._protocol)
+        deadline = self._exchange.arrived + self._limits.body_seconds
         while True:
             try:
                 async with asyncio.timeout_at(deadline + size / SLOWEST):
-                    part = await anext(parts)
-            except StopAsyncIteration:
-                break
+                    part = await self._exchange.read()
             except TimeoutError:
                 raise self._too_slow() from None
+            if not part:
+                break
             size += len(part)
             # Most clients read the answer only when they have sent everything: take in what is not absurd.
             if size > DISCARDED_BODIES * limit:

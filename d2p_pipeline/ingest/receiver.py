@@ -1,20 +1,18 @@
 """The HTTP receiver: requests to canonical lines, by group commit into the buffer, answered when the buffer has them.
 
-It speaks RSGI, granian's own protocol (https://github.com/emmett-framework/granian/blob/master/docs/spec/RSGI.md): the
-thinnest way from a socket to Python there is. Routes and answers are those of docs/receiver.md. An answer in the 200s
-means that the buffer has the records; any other means that it has none of them, but for a 503 that says Redis did not
-answer: then nobody knows, and a repetition under the same Idempotency-Key is right in either case.
+Routes and answers are those of docs/receiver.md. An answer in the 200s means that the buffer has the records; any other
+means that it has none of them, but for a 503 that says Redis did not answer: then nobody knows, and a repetition under the
+same Idempotency-Key is right in either case. A single record whose body is there is answered without a task of its own.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
-from granian._granian import RSGIHTTPProtocol as HTTPProtocol
-from granian.rsgi import Scope
 
 from d2p_pipeline.buffer.protocol import Buffer, BufferFullError, BufferUnavailableError
 from d2p_pipeline.ingest import openapi
@@ -23,6 +21,7 @@ from d2p_pipeline.ingest.answers import Answer, HttpError
 from d2p_pipeline.ingest.bodies import SNIFFED, BodyError, Packed, Raw, Splitter, is_packed, records, splitter
 from d2p_pipeline.ingest.commit import GroupCommit, Request
 from d2p_pipeline.ingest.fluent import Completion, Misfit
+from d2p_pipeline.ingest.http import ClientGoneError, Exchange
 from d2p_pipeline.ingest.intake import Intake
 from d2p_pipeline.ingest.pressure import KeyFullError
 from d2p_pipeline.ingest.reading import Bodies, Body
@@ -40,6 +39,7 @@ LONGEST_KEY = 255
 
 _encode = msgspec.json.Encoder().encode
 _JSON = ("content-type", "application/json")
+_CREATED = Answer(201)
 
 
 class Receiver:
@@ -64,7 +64,9 @@ class Receiver:
         self._intake = Intake(rules, max_record_bytes=self._limits.record_bytes)
         self._completion = completion or Completion(rules)
         self._metrics = metrics
-        self._posts: dict[str, Callable[[Scope, Body], Awaitable[Answer]]] = {
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._clock = asyncio.get_running_loop().time
+        self._posts: dict[str, Callable[[Exchange, Body], Awaitable[Answer]]] = {
             "/record": self._post_record,
             "/records": self._post_records,
             "/flush": self._post_flush,
@@ -76,78 +78,106 @@ class Receiver:
             "/openapi.json": self._get_openapi,
         }
 
-    async def __rsgi__(self, scope: Scope, protocol: HTTPProtocol) -> None:
-        started = time.perf_counter()
-        path = scope.path.rstrip("/")
+    def handle(self, exchange: Exchange) -> None:
+        """Answer a request, now or later."""
+        path = exchange.path.rstrip("/")
+        is_at_once = path == "/record" and exchange.method == "POST" and self._bodies.is_at_once(exchange)
+        if is_at_once and self._commit.takes_at_once:
+            self._record_at_once(exchange)
+            return
+        task = asyncio.create_task(self._serve(path, exchange))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, path: str, exchange: Exchange) -> None:
         try:
-            answer = await self._answer(path, scope, protocol)
-        except HttpError as error:
-            answer = error.answer
-        except KeyFullError as error:
-            answer = Answer(429, {"error": str(error)}, (("retry-after", "5"),), "key_full")
-        except BufferFullError as error:
-            answer = Answer(503, {"error": str(error)}, (("retry-after", "5"),), "buffer_full")
-        except BufferUnavailableError as error:
-            log.error("request not stored: %s", error)  # noqa: TRY400  # the reason is the whole story
-            answer = Answer(503, {"error": str(error)}, (("retry-after", "1"),), "buffer_unavailable")
-        seconds = time.perf_counter() - started
-        if answer.text:
-            body, kind = answer.text
-            headers = [("content-type", kind)]
-        else:
-            body = _encode({**answer.body, "timestamp": int(time.time()), "elapsed": f"{seconds * 1000:.3f}ms"})
-            headers = [_JSON, *answer.headers]
+            answer = await self._answer(path, exchange)
+        except ClientGoneError:
+            return
+        except Exception as error:  # noqa: BLE001  # _refusal tells what is expected from what is a defect
+            answer = _refusal(error)
+        self._send(path, exchange, answer)
+
+    def _send(self, path: str, exchange: Exchange, answer: Answer) -> None:
+        seconds = self._clock() - exchange.arrived
         known = path in self._posts or path in self._gets
         self._metrics.answered(path if known else "other", answer.status, answer.refusal, seconds)
-        protocol.response_bytes(answer.status, headers, b"" if scope.method == "HEAD" else body)
+        if answer.text:
+            body, kind = answer.text
+            headers = (("content-type", kind),)
+        else:
+            body = _encode({**answer.body, "timestamp": int(time.time()), "elapsed": f"{seconds * 1000:.3f}ms"})
+            headers = (_JSON, *answer.headers)
+        exchange.answer(answer.status, headers, b"" if exchange.method == "HEAD" else body)
 
-    async def _answer(self, path: str, scope: Scope, protocol: HTTPProtocol) -> Answer:
+    async def _answer(self, path: str, exchange: Exchange) -> Answer:
         post = self._posts.get(path)
         if post is None:
-            return await self._answer_get(path, scope)
-        if scope.method != "POST":
+            return await self._answer_get(path, exchange)
+        if exchange.method != "POST":
             raise HttpError(405, "method", "use POST", ("allow", "POST"))
-        self._authorize(scope)
-        body = self._bodies.open(scope, protocol)
+        self._authorize(exchange)
+        body = self._bodies.open(exchange)
         try:
-            return await post(scope, body)
-        except BodyError as error:
-            raise HttpError(400, "body_unreadable", str(error)) from error
+            return await post(exchange, body)
         finally:
             body.close()
 
-    async def _answer_get(self, path: str, scope: Scope) -> Answer:
+    async def _answer_get(self, path: str, exchange: Exchange) -> Answer:
         get = self._gets.get(path)
         if get is None:
             paths = ", ".join([*self._posts, *self._gets])
             raise HttpError(404, "no_such_path", f"no such path; there are {paths}")
-        if scope.method not in ("GET", "HEAD"):
+        if exchange.method not in ("GET", "HEAD"):
             raise HttpError(405, "method", "use GET", ("allow", "GET"))
         if get == self._get_metrics:
-            self._authorize(scope)
+            self._authorize(exchange)
         return await get()
 
-    def _authorize(self, scope: Scope) -> None:
-        if self._tokens and not self._tokens.allow(scope.headers.get("authorization", "")):
+    def _authorize(self, exchange: Exchange) -> None:
+        if self._tokens and not self._tokens.allow(exchange.headers.get("authorization", "")):
             raise HttpError(401, "unauthorized", "a valid bearer token is needed", ("www-authenticate", "Bearer"))
 
     # --- records
 
-    async def _post_record(self, scope: Scope, body: Body) -> Answer:
+    def _record_at_once(self, exchange: Exchange) -> None:
+        """`POST /record` with all of its body there."""
+        body = None
+        try:
+            self._authorize(exchange)
+            body = self._bodies.open(exchange)
+            raw = body.at_once()
+            request = self._request_of_one(raw, exchange)
+            self._commit.submit(request, partial(self._ended, exchange, body, len(raw)))
+        except Exception as error:  # noqa: BLE001  # _refusal tells what is expected from what is a defect
+            if body:
+                body.close()
+            self._send("/record", exchange, _refusal(error))
+
+    def _ended(self, exchange: Exchange, body: Body, size: int, error: Exception | None) -> None:
+        body.close()
+        if error is None:
+            self._metrics.stored(1, 0, size)
+        self._send("/record", exchange, _refusal(error) if error else _CREATED)
+
+    async def _post_record(self, exchange: Exchange, body: Body) -> Answer:
         raw = await body.whole()
-        admission = self._admission(scope)
+        await self._commit.store(self._request_of_one(raw, exchange))
+        self._metrics.stored(1, 0, len(raw))
+        return _CREATED
+
+    def _request_of_one(self, raw: bytes, exchange: Exchange) -> Request:
+        admission = self._admission(exchange)
         admission.saw(raw)
         try:
-            text = self._one(raw, scope)
-            self._intake.add(text, admission.request)
+            self._intake.add(self._one(raw, exchange), admission.request)
         except Rejected as error:
             raise HttpError(400, "record_invalid", error.reason) from error
-        await self._store(admission.named(), 1, 0, len(raw))
-        return Answer(201)
+        return admission.named()
 
-    def _one(self, body: bytes, scope: Scope) -> bytes:
+    def _one(self, body: bytes, exchange: Exchange) -> bytes:
         """The only record of a body."""
-        tag = _tag(scope)
+        tag = _tag(exchange)
         if not is_packed(body, ""):
             return self._completion.complete_text(body, tag) if tag else body.strip()
         packed = Packed(self._completion, tag)
@@ -158,30 +188,31 @@ class Receiver:
             raise Rejected(found[0].reason)
         return found[0]
 
-    async def _post_records(self, scope: Scope, body: Body) -> Answer:
-        admission = self._admission(scope)
+    async def _post_records(self, exchange: Exchange, body: Body) -> Answer:
+        admission = self._admission(exchange)
         size = 0
         if body.is_small:
             whole = await body.whole()
             size = len(whole)
             admission.saw(whole)
-            content_type = "" if whole[:1] in b"{[" else scope.headers.get("content-type", "")
+            content_type = "" if whole[:1] in b"{[" else exchange.headers.get("content-type", "")
             if is_packed(whole, content_type):
-                packed = Packed(self._completion, _tag(scope))
+                packed = Packed(self._completion, _tag(exchange))
                 await admission.take_all(packed.feed(whole))
                 await admission.take_all(packed.end())
             else:
-                await admission.take_all(self._completed_all(records(whole), scope))
+                await admission.take_all(self._completed_all(records(whole), exchange))
         else:
-            size = await self._take_pieces(scope, body, admission)
+            size = await self._take_pieces(exchange, body, admission)
         if admission.records:
-            await self._store(admission.named(), admission.records, admission.rejected, size)
+            await self._commit.store(admission.named())
+            self._metrics.stored(admission.records - admission.rejected, admission.rejected, size)
         accepted = admission.records - admission.rejected
         return Answer(202, {"accepted": accepted, "dead_lettered": admission.rejected, "errors": admission.errors})
 
-    async def _take_pieces(self, scope: Scope, body: Body, admission: Admission) -> int:
+    async def _take_pieces(self, exchange: Exchange, body: Body, admission: Admission) -> int:
         """Take in a large body as it comes; returns its bytes."""
-        content_type = scope.headers.get("content-type", "")
+        content_type = exchange.headers.get("content-type", "")
         head, size = b"", 0
         split: Splitter | None = None
         async for piece in body.pieces():
@@ -191,36 +222,32 @@ class Receiver:
                 head += piece
                 if len(head) < SNIFFED:
                     continue
-                split, piece, head = splitter(head, content_type, self._completion, _tag(scope)), head, b""
-            await admission.take_all(self._completed_of(split, split.feed(piece), scope))
+                split, piece, head = splitter(head, content_type, self._completion, _tag(exchange)), head, b""
+            await admission.take_all(self._completed_of(split, split.feed(piece), exchange))
         if split is None:
-            split = splitter(head, content_type, self._completion, _tag(scope))
-            await admission.take_all(self._completed_of(split, split.feed(head), scope))
-        await admission.take_all(self._completed_of(split, split.end(), scope))
+            split = splitter(head, content_type, self._completion, _tag(exchange))
+            await admission.take_all(self._completed_of(split, split.feed(head), exchange))
+        await admission.take_all(self._completed_of(split, split.end(), exchange))
         return size
 
-    def _completed_of(self, split: Splitter, raws: Iterable[Raw], scope: Scope) -> Iterable[Raw]:
-        return raws if isinstance(split, Packed) else self._completed_all(raws, scope)
+    def _completed_of(self, split: Splitter, raws: Iterable[Raw], exchange: Exchange) -> Iterable[Raw]:
+        return raws if isinstance(split, Packed) else self._completed_all(raws, exchange)
 
-    def _completed_all(self, raws: Iterable[Raw], scope: Scope) -> Iterable[Raw]:
+    def _completed_all(self, raws: Iterable[Raw], exchange: Exchange) -> Iterable[Raw]:
         """JSON records with what Fluent Bit's tag adds to them, if the request has one."""
-        if not (tag := _tag(scope)):
+        if not (tag := _tag(exchange)):
             return raws
         return (raw if isinstance(raw, Misfit) else self._completion.complete_text(raw, tag) for raw in raws)
 
-    def _admission(self, scope: Scope) -> Admission:
-        key = scope.headers.get("idempotency-key", "")
+    def _admission(self, exchange: Exchange) -> Admission:
+        key = exchange.headers.get("idempotency-key", "")
         if len(key) > LONGEST_KEY:
             raise HttpError(400, "idempotency_key", f"an Idempotency-Key has at most {LONGEST_KEY} characters")
         return Admission(self._intake, self._limits, key)
 
-    async def _store(self, request: Request, records: int, rejected: int, size: int) -> None:
-        await self._commit.store(request)
-        self._metrics.stored(records - rejected, rejected, size)
-
     # --- the rest
 
-    async def _post_flush(self, scope: Scope, body: Body) -> Answer:
+    async def _post_flush(self, exchange: Exchange, body: Body) -> Answer:
         text = await body.whole()
         try:
             keys = msgspec.json.decode(text, type=_Flush).keys if text.strip() else None
@@ -248,9 +275,28 @@ class Receiver:
         self._buffer.close()
 
 
-def _tag(scope: Scope) -> str:
+def _refusal(error: Exception) -> Answer:
+    """What a client is told of an error."""
+    match error:
+        case HttpError():
+            return error.answer
+        case BodyError():
+            return Answer(400, {"error": str(error)}, refusal="body_unreadable")
+        case KeyFullError():
+            return Answer(429, {"error": str(error)}, (("retry-after", "5"),), "key_full")
+        case BufferFullError():
+            return Answer(503, {"error": str(error)}, (("retry-after", "5"),), "buffer_full")
+        case BufferUnavailableError():
+            log.error("request not stored: %s", error)
+            return Answer(503, {"error": str(error)}, (("retry-after", "1"),), "buffer_unavailable")
+        case _:
+            log.error("request not stored", exc_info=error)
+            return Answer(500, {"error": f"{type(error).__name__}: nothing is known of the request"}, refusal="defect")
+
+
+def _tag(exchange: Exchange) -> str:
     """What Fluent Bit's `http` output says with `header_tag X-Fluent-Tag`."""
-    return scope.headers.get("x-fluent-tag", "")
+    return exchange.headers.get("x-fluent-tag", "")
 
 
 class _Flush(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,57 +1,41 @@
-"""Runs the receiver under granian: one listening socket, `workers` processes, graceful end on SIGTERM.
+"""Runs the receiver: one listening socket, `workers` processes that accept from it, graceful end on SIGTERM.
 
-Workers read the settings from the environment, so whoever starts the server puts them there (`Settings.environment`). One
-that dies is replaced; the others go on. HTTP/1.1 only, with keep-alive and pipelining; no access log.
+Workers are forked, before anything here has threads. One that dies is replaced; the others go on. The parent does nothing
+but wait for signals.
 """
 
 import asyncio
 import logging
 import os
 import resource
+import signal
+import socket
+import ssl
 import tempfile
-from typing import TYPE_CHECKING, Any
+import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
 
-from granian._granian import RSGIHTTPProtocol as HTTPProtocol
-from granian.constants import HTTPModes, Interfaces, Loops, SSLProtocols
-from granian.http import HTTP1Settings
-from granian.log import LogLevels
-from granian.rsgi import Scope
-from granian.server import Server
+import uvloop
 
 from d2p_pipeline import logs, wiring
 from d2p_pipeline.buffer.embedded import end_with_parent
-from d2p_pipeline.settings import Settings, load
+from d2p_pipeline.ingest.http import Service
+from d2p_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from d2p_pipeline.ingest.receiver import Receiver
 
 log = logging.getLogger(__name__)
 
-HEADER_BYTES = 64 << 10
-"""Longest request head; there may be 100 headers. Also how much of a body is read at once."""
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
-
-
-class Application:
-    """The target granian loads in each worker; opens the buffer once the event loop is there."""
-
-    def __init__(self) -> None:
-        self._receiver: Receiver | None = None
-
-    def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        end_with_parent()  # a worker that outlived its server would go on under settings that are no more
-        settings = load()
-        logs.configure(settings.log_formatter, debug=settings.debug)
-        self._receiver = receiver(settings)
-
-    def __rsgi_del__(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._receiver:
-            loop.run_until_complete(self._receiver.close())
-
-    async def __rsgi__(self, scope: Scope, protocol: HTTPProtocol) -> Any:
-        assert self._receiver
-        return await self._receiver.__rsgi__(scope, protocol)
+DRAIN_SECONDS = 30.0
+"""How long the end waits for what is in flight."""
+SHORTEST_LIFE = 1.0
+"""Seconds from a worker's start to its successor's, at least, lest one that cannot start keeps the machine busy."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
 def receiver(settings: Settings) -> "Receiver":
@@ -95,9 +79,6 @@ def receiver(settings: Settings) -> "Receiver":
     )
 
 
-application = Application()
-
-
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT: then stop accepting, finish what is in flight, return."""
     buffer, warnings = wiring.open_buffer(settings)
@@ -105,34 +86,94 @@ def serve(settings: Settings) -> None:
     for warning in warnings:
         log.warning(warning)
     _allow_connections(settings.max_connections)
-    with tempfile.TemporaryDirectory(prefix="d2p-metrics-") as directory:
+    tls = _tls(settings)
+    with (
+        tempfile.TemporaryDirectory(prefix="d2p-metrics-") as directory,
+        _listener(settings.address, settings.port) as listener,
+    ):
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-        Server(
-            f"{__name__}:application",
-            address=settings.address,
-            port=settings.port,
-            interface=Interfaces.RSGI,
-            workers=settings.workers,
-            loop=Loops.uvloop,
-            http=HTTPModes.http1,
-            websockets=False,
-            backlog=BACKLOG,
-            backpressure=max(1, settings.max_connections // settings.workers),
-            http1_settings=HTTP1Settings(
-                header_read_timeout=round(settings.header_timeout * 1000),
-                max_buffer_size=HEADER_BYTES,
-                pipeline_flush=True,
-            ),
-            log_level=LogLevels.warning,
-            log_access=False,
-            ssl_cert=settings.tls_cert,
-            ssl_key=settings.tls_key,
-            ssl_protocol_min=SSLProtocols.tls12,
-            ssl_ca=settings.tls_client_ca,
-            ssl_client_verify=settings.tls_client_ca is not None,
-            respawn_failed_workers=True,
-            workers_kill_timeout=30,
-        ).serve()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            _supervise(settings, listener, tls)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _supervise(settings: Settings, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    """Keep the workers running until a signal says to end them."""
+
+    def start() -> tuple[BaseProcess, float]:
+        worker = get_context("fork").Process(target=_work, args=(settings, listener, tls))
+        worker.start()
+        return worker, time.monotonic()
+
+    workers = [start() for _ in range(settings.workers)]
+    while signal.sigwait(_SIGNALS) == signal.SIGCHLD:
+        for place, (worker, since) in enumerate(workers):
+            if worker.is_alive():
+                continue
+            log.error("worker %s ended (exit code %s) and is replaced", worker.pid, worker.exitcode)
+            if (missing := since + SHORTEST_LIFE - time.monotonic()) > 0 and _ended_within(missing):
+                return _end(workers)
+            workers[place] = start()
+    return _end(workers)
+
+
+def _ended_within(seconds: float) -> bool:
+    """Wait, and tell whether a signal said to end."""
+    return signal.sigtimedwait((signal.SIGTERM, signal.SIGINT), seconds) is not None
+
+
+def _end(workers: list[tuple[BaseProcess, float]]) -> None:
+    for worker, _ in workers:
+        worker.terminate()
+    for worker, _ in workers:
+        worker.join()
+
+
+def _work(settings: Settings, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    """A worker's life."""
+    end_with_parent()  # a worker that outlived its server would go on under settings that are no more
+    logs.configure(settings.log_formatter, debug=settings.debug)
+    uvloop.run(_served(settings, listener, tls))
+
+
+async def _served(settings: Settings, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    loop, ending = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    target = receiver(settings)
+    service = Service(
+        target.handle,
+        head_seconds=settings.header_timeout,
+        body_seconds=settings.body_timeout,
+        most=max(1, settings.max_connections // settings.workers),
+    )
+    accepting = asyncio.create_task(service.accept(listener, tls))
+    await ending.wait()
+    accepting.cancel()
+    await service.drain(DRAIN_SECONDS)
+    await target.close()
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if not (settings.tls_cert and settings.tls_key):
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    if settings.tls_client_ca:
+        context.load_verify_locations(settings.tls_client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _allow_connections(connections: int) -> None:
