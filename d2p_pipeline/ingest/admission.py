@@ -46,7 +46,7 @@ class Admission:
         self._letters = 0
         self._turn = 0
         self._unpacked = 0
-        self._digest = xxhash.xxh3_128(idempotency_key.encode()) if idempotency_key else None
+        self._name = Name(idempotency_key) if idempotency_key else None
 
     def take(self, raw: Raw) -> None:
         """Add one record, or a dead letter for what is none."""
@@ -96,12 +96,24 @@ class Admission:
             await asyncio.sleep(0)
 
     def saw(self, piece: bytes) -> None:
-        """A piece of the body: with an Idempotency-Key, key and body together name the request."""
-        if self._digest is not None:
-            self._digest.update(piece)
+        """A piece of the body."""
+        if self._name:
+            self._name.update(piece)
 
     def named(self) -> Request:
         """The request, all of it seen."""
-        if self._digest is not None:
-            self.request.id = f"http-{self._digest.hexdigest()}"
+        if self._name:
+            self.request.id = self._name.id
         return self.request
+
+
+class Name:
+    """What names a request that has an Idempotency-Key: key and body together."""
+
+    def __init__(self, idempotency_key: str) -> None:
+        self._digest = xxhash.xxh3_128(idempotency_key.encode())
+        self.update = self._digest.update
+
+    @property
+    def id(self) -> str:
+        return f"http-{self._digest.hexdigest()}"

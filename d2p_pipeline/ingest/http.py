@@ -47,13 +47,16 @@ class Exchange:
 
     __slots__ = (
         "_answered", "_awaited", "_connection", "_expects", "_pieces", "arrived", "begun", "complete", "headers",
-        "keep_alive", "lost", "method", "path", "waiting",
+        "keep_alive", "length", "lost", "method", "path", "waiting",
     )  # fmt: skip
 
     def __init__(self, connection: "Connection", method: str, path: str, headers: dict[str, str]) -> None:
         self.method = method
         self.path = path
         self.headers = headers
+        length = headers.get("content-length")
+        self.length = int(length) if length is not None else None
+        """Bytes of the body, if the client told."""
         self.arrived = 0.0
         """When its head was there, by the event loop's clock."""
         self.begun = False
@@ -67,15 +70,13 @@ class Exchange:
         self._answered = False
         self._awaited: asyncio.Future[None] | None = None
         self._connection = connection
-        self._expects = headers.get("expect", "").lower() == "100-continue"
+        self._expects = "expect" in headers and headers["expect"].lower() == "100-continue"
         self._pieces: list[bytes] = []
 
     @property
     def is_small(self) -> bool:
         """Whether the handler gets it when it is whole."""
-        return int(self.headers.get("content-length", 0)) <= SMALL_BYTES and not (
-            self._expects or "transfer-encoding" in self.headers
-        )
+        return (self.length or 0) <= SMALL_BYTES and not (self._expects or "transfer-encoding" in self.headers)
 
     def take(self) -> bytes:
         """What there is of the body and was not read yet."""

@@ -6,9 +6,12 @@ from Redis, so any receiver shows it, of all hosts: sum the first, take the maxi
 bounded: routes, reasons and statuses are ours, and of the keys only those with most waiting have series of their own.
 """
 
+import asyncio
 import os
 import threading
 import time
+from bisect import bisect_left
+from collections import Counter as Counted
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -58,7 +61,9 @@ class Metrics:
         )
         self._own = own
         self._held_now = held
-        self._by_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._by_route: dict[tuple[str, int], _Answers] = {}
+        self._is_counting = False
+        self._new_accepted = self._new_bytes = 0
         self._accepted = self._records.labels("accepted")
         self._dead_lettered = self._records.labels("dead_lettered")
         self._side = _BufferSide(buffer)
@@ -67,19 +72,35 @@ class Metrics:
         """A request was answered. `route` is one of ours, or `other`."""
         found = self._by_route.get((route, status))
         if found is None:
-            found = self._requests.labels(route, str(status)), self._seconds.labels(route)
-            self._by_route[route, status] = found
-        found[0].inc()
-        found[1].observe(seconds)
+            found = self._by_route[route, status] = _Answers(
+                self._requests.labels(route, str(status)), self._seconds.labels(route)
+            )
+        found.add(seconds)
         if refusal:
             self._refused.labels(refusal).inc()
+        self._count_soon()
 
     def stored(self, accepted: int, dead_lettered: int, size: int) -> None:
         """Redis has these records."""
-        self._accepted.inc(accepted)
+        self._new_accepted += accepted
+        self._new_bytes += size
         if dead_lettered:
             self._dead_lettered.inc(dead_lettered)
-        self._bytes.inc(size)
+        self._count_soon()
+
+    def _count_soon(self) -> None:
+        """Count what was noted at the end of this turn of the event loop: to count in shared files is costly."""
+        if not self._is_counting:
+            self._is_counting = True
+            asyncio.get_running_loop().call_soon(self._count)
+
+    def _count(self) -> None:
+        self._is_counting = False
+        for answers in self._by_route.values():
+            answers.count()
+        self._accepted.inc(self._new_accepted)
+        self._bytes.inc(self._new_bytes)
+        self._new_accepted = self._new_bytes = 0
 
     def committed(self, requests: int, seconds: float, failed: bool) -> None:
         """A group commit ended."""
@@ -99,6 +120,27 @@ class Metrics:
             registry.register(self._own)
         registry.register(self._side)
         return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+class _Answers:
+    """Answers of one route and status that were not counted yet."""
+
+    def __init__(self, requests: Counter, seconds: Histogram) -> None:
+        self._requests = requests
+        self._seconds = seconds
+        self._new: list[float] = []
+        self.add = self._new.append
+
+    def count(self) -> None:
+        if not self._new:
+            return
+        self._requests.inc(len(self._new))
+        # What Histogram.observe does with one; it has no way to take several.
+        self._seconds._sum.inc(sum(self._new))
+        places = Counted(bisect_left(_LATENCY, seconds) for seconds in self._new)
+        for place, count in places.items():
+            self._seconds._buckets[place].inc(count)
+        self._new.clear()
 
 
 class _BufferSide:

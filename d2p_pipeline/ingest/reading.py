@@ -50,9 +50,7 @@ class Bodies:
 
     def open(self, exchange: Exchange) -> "Body":
         """The body of a request; `close` it when the request is answered."""
-        encoding = exchange.headers.get("content-encoding")
-        length = exchange.headers.get("content-length")
-        return Body(self, exchange, encoding, int(length) if length is not None else None)
+        return Body(self, exchange, exchange.headers.get("content-encoding"))
 
 
 class Body:
@@ -60,11 +58,11 @@ class Body:
 
     __slots__ = ("_all", "_encoding", "_exchange", "_held", "_length", "_limits")
 
-    def __init__(self, bodies: Bodies, exchange: Exchange, encoding: str | None, length: int | None) -> None:
+    def __init__(self, bodies: Bodies, exchange: Exchange, encoding: str | None) -> None:
         self._all = bodies
         self._limits = bodies.limits
         self._exchange = exchange
-        self._length = length
+        self._length = length = exchange.length
         self._held = 0
         self._encoding = None if encoding is None or encoding == "identity" else _NAMES.get(encoding.strip().lower())
         if self._encoding is None and encoding is not None and encoding != "identity":

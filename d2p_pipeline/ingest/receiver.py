@@ -16,7 +16,7 @@ import msgspec
 
 from d2p_pipeline.buffer.protocol import Buffer, BufferFullError, BufferUnavailableError
 from d2p_pipeline.ingest import openapi
-from d2p_pipeline.ingest.admission import Admission
+from d2p_pipeline.ingest.admission import Admission, Name
 from d2p_pipeline.ingest.answers import Answer, HttpError
 from d2p_pipeline.ingest.bodies import SNIFFED, BodyError, Packed, Raw, Splitter, is_packed, records, splitter
 from d2p_pipeline.ingest.commit import GroupCommit, Request
@@ -38,7 +38,7 @@ LONGEST_KEY = 255
 """Characters an Idempotency-Key may have."""
 
 _encode = msgspec.json.Encoder().encode
-_JSON = ("content-type", "application/json")
+_JSON = (("content-type", "application/json"),)
 _CREATED = Answer(201)
 
 
@@ -105,9 +105,12 @@ class Receiver:
         if answer.text:
             body, kind = answer.text
             headers = (("content-type", kind),)
+        elif answer is _CREATED:
+            body = b'{"timestamp":%d,"elapsed":"%.3fms"}' % (time.time(), seconds * 1000)
+            headers = _JSON
         else:
             body = _encode({**answer.body, "timestamp": int(time.time()), "elapsed": f"{seconds * 1000:.3f}ms"})
-            headers = (_JSON, *answer.headers)
+            headers = (*_JSON, *answer.headers)
         exchange.answer(answer.status, headers, b"" if exchange.method == "HEAD" else body)
 
     async def _answer(self, path: str, exchange: Exchange) -> Answer:
@@ -167,13 +170,16 @@ class Receiver:
         return _CREATED
 
     def _request_of_one(self, raw: bytes, exchange: Exchange) -> Request:
-        admission = self._admission(exchange)
-        admission.saw(raw)
+        request = Request(size=len(raw))
+        if key := _idempotency_key(exchange):
+            name = Name(key)
+            name.update(raw)
+            request.id = name.id
         try:
-            self._intake.add(self._one(raw, exchange), admission.request)
+            self._intake.add(self._one(raw, exchange), request)
         except Rejected as error:
             raise HttpError(400, "record_invalid", error.reason) from error
-        return admission.named()
+        return request
 
     def _one(self, body: bytes, exchange: Exchange) -> bytes:
         """The only record of a body."""
@@ -189,7 +195,7 @@ class Receiver:
         return found[0]
 
     async def _post_records(self, exchange: Exchange, body: Body) -> Answer:
-        admission = self._admission(exchange)
+        admission = Admission(self._intake, self._limits, _idempotency_key(exchange))
         size = 0
         if body.is_small:
             whole = await body.whole()
@@ -239,12 +245,6 @@ class Receiver:
             return raws
         return (raw if isinstance(raw, Misfit) else self._completion.complete_text(raw, tag) for raw in raws)
 
-    def _admission(self, exchange: Exchange) -> Admission:
-        key = exchange.headers.get("idempotency-key", "")
-        if len(key) > LONGEST_KEY:
-            raise HttpError(400, "idempotency_key", f"an Idempotency-Key has at most {LONGEST_KEY} characters")
-        return Admission(self._intake, self._limits, key)
-
     # --- the rest
 
     async def _post_flush(self, exchange: Exchange, body: Body) -> Answer:
@@ -292,6 +292,13 @@ def _refusal(error: Exception) -> Answer:
         case _:
             log.error("request not stored", exc_info=error)
             return Answer(500, {"error": f"{type(error).__name__}: nothing is known of the request"}, refusal="defect")
+
+
+def _idempotency_key(exchange: Exchange) -> str:
+    key = exchange.headers.get("idempotency-key", "")
+    if len(key) > LONGEST_KEY:
+        raise HttpError(400, "idempotency_key", f"an Idempotency-Key has at most {LONGEST_KEY} characters")
+    return key
 
 
 def _tag(exchange: Exchange) -> str:
