@@ -176,7 +176,6 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._deaf = True  # it is answered as if it had not asked for another protocol
-            self._ending = True
         except httptools.HttpParserCallbackError:
             if not self._refusal:
                 log.exception("a request could not be taken in")
@@ -238,7 +237,8 @@ class Connection(asyncio.Protocol):
         path = self._url.partition(b"?")[0].decode("latin-1")
         exchange = Exchange(self, self._parser.get_method().decode("latin-1"), path, self._headers)
         exchange.arrived = self._service.loop.time()
-        exchange.keep_alive = self._parser.should_keep_alive() and self._parser.get_http_version() == "1.1"
+        may_stay = self._parser.should_keep_alive() and not self._parser.should_upgrade()
+        exchange.keep_alive = may_stay and self._parser.get_http_version() == "1.1"
         self._open = exchange
         self._unframed = 0
         if not exchange.is_small:
@@ -279,7 +279,11 @@ class Connection(asyncio.Protocol):
         while self._queue and self._current is None:
             self._current = self._queue.popleft()
             self.deadline = _NEVER
-            self._service.handler(self._current)
+            try:
+                self._service.handler(self._current)
+            except Exception:
+                log.exception("the handler failed")
+                self._current.answer(500, (("connection", "close"),), b"")
         self._handing_over = False
         if self._refusal and self._current is None:
             self._write(self._refusal, (("connection", "close"),), b"")

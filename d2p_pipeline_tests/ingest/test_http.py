@@ -1,0 +1,214 @@
+"""HTTP on a socket: however the bytes come, requests are found and answered in order, and what is none ends its connection."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2p_pipeline.ingest.http import HEADERS, SMALL_BYTES, ClientGoneError, Exchange, Service
+
+TOTAL_SECONDS = 30
+
+
+class Echo:
+    """Answers with method, path and body; `/early` before the body is there, `/later` when it is told to."""
+
+    def __init__(self) -> None:
+        self.later = asyncio.Event()
+        self.gone = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def handle(self, exchange: Exchange) -> None:
+        if exchange.path == "/defect":
+            raise RuntimeError("a defect")
+        if exchange.path == "/early":
+            exchange.answer(401, (), b"")
+        elif exchange.complete and exchange.path != "/later":
+            self._answer(exchange, exchange.take())
+        else:
+            task = asyncio.create_task(self._read(exchange))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _read(self, exchange: Exchange) -> None:
+        body = b""
+        try:
+            while piece := await exchange.read():
+                body += piece
+        except ClientGoneError:
+            self.gone.set()
+            return
+        if exchange.path == "/later":
+            await self.later.wait()
+        self._answer(exchange, body)
+
+    def _answer(self, exchange: Exchange, body: bytes) -> None:
+        exchange.answer(200, (), b"<%b %b %b>" % (exchange.method.encode(), exchange.path.encode(), body))
+
+
+Client = Callable[[asyncio.StreamReader, asyncio.StreamWriter, Echo], Awaitable[None]]
+
+
+def served(client: Client) -> None:
+    """Run a client against the echo."""
+
+    async def run() -> None:
+        echo = Echo()
+        service = Service(echo.handle, head_seconds=TOTAL_SECONDS, body_seconds=TOTAL_SECONDS, most=10)
+        with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+            listener.setblocking(False)
+            accepting = asyncio.create_task(service.accept(listener, None))
+            async with asyncio.timeout(TOTAL_SECONDS):
+                reader, writer = await asyncio.open_connection(*listener.getsockname())
+                await client(reader, writer, echo)
+                writer.close()
+            accepting.cancel()
+            await service.drain(1)
+
+    asyncio.run(run())
+
+
+def exchanged(sent: bytes) -> bytes:
+    """What comes back until the connection ends."""
+    received = b""
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: Echo) -> None:
+        nonlocal received
+        writer.write(sent)
+        received = await reader.read()
+
+    served(client)
+    return received
+
+
+def post(path: str, body: bytes, *headers: str) -> bytes:
+    return "\r\n".join([f"POST {path} HTTP/1.1", f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
+
+
+LAST = b"GET /last HTTP/1.1\r\nConnection: close\r\n\r\n"
+CHUNKED = (
+    b"POST /chunked HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nTrailer: t\r\n\r\n"
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cuts=st.lists(st.integers(1, 400), max_size=12))
+def test_requests_are_found_wherever_the_bytes_are_cut(cuts: list[int]) -> None:
+    requests = post("/one", b"first") + CHUNKED + post("/empty", b"") + post("/two", b"x" * 200) + LAST
+    received = b""
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: Echo) -> None:
+        nonlocal received
+        begin = 0
+        for end in (*sorted(set(cuts)), len(requests)):
+            writer.write(requests[begin:end])
+            await writer.drain()
+            await asyncio.sleep(0)
+            begin = end
+        received = await reader.read()
+
+    served(client)
+    bodies = [part.split(b">")[0] for part in received.split(b"<")[1:]]
+    assert bodies == [
+        b"POST /one first",
+        b"POST /chunked abcde",
+        b"POST /empty ",
+        b"POST /two " + b"x" * 200,
+        b"GET /last ",
+    ]
+
+
+def test_a_large_body_comes_whole_though_it_is_read_in_pieces() -> None:
+    body = bytes(range(256)) * (SMALL_BYTES // 32)
+    assert b"<POST /large %b>" % body in exchanged(post("/large", body) + LAST)
+
+
+def test_the_answer_to_an_early_request_comes_first() -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: Echo) -> None:
+        writer.write(post("/later", b"1") + post("/soon", b"2") * 1000 + LAST)
+        echo.later.set()
+        received = await reader.read()
+        assert received.count(b"<POST /soon 2>") == 1000
+        assert received.index(b"/later") < received.index(b"/soon") < received.index(b"/last")
+
+    served(client)
+
+
+def test_a_body_that_nobody_reads_is_passed_over() -> None:
+    received = exchanged(post("/early", b"x" * 10 * SMALL_BYTES) + post("/next", b"y") + LAST)
+    assert received.startswith(b"HTTP/1.1 401 Unauthorized\r\n")
+    assert b"<POST /next y>" in received
+
+
+def test_a_client_that_asks_before_it_sends_is_told_to() -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: Echo) -> None:
+        writer.write(post("/asked", b"hello", "Expect: 100-continue", "Connection: close")[:-5])
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"hello")
+        assert (await reader.read()).endswith(b"<POST /asked hello>")
+
+    served(client)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n\r\n",
+    ],
+    ids=["1.0", "close", "upgrade"],
+)
+def test_what_is_to_end_is_answered_and_says_so(request_: bytes) -> None:
+    head, _, body = exchanged(request_).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"\r\nconnection: close\r\n" in head
+    assert body == b"<GET / >"
+
+
+def headers(count: int) -> bytes:
+    return LAST[:-2] + b"".join(b"h: %d\r\n" % number for number in range(count - 1)) + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (headers(HEADERS), b"200"),
+        (headers(HEADERS + 1), b"431"),
+        (LAST[:-2] + b"long: " + b"x" * (1 << 20), b"431"),
+        (b"\r\n" * (1 << 20), b"431"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"x" * (1 << 20), b"400"),
+        (CHUNKED[:-2] + b"long: " + b"x" * (1 << 20), b"400"),
+        (CHUNKED[:-2] + b"h: v\r\n" * HEADERS + b"\r\n", b"431"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\nx", b"400"),
+    ],
+    ids=["100", "101", "header", "newlines", "extension", "trailer", "trailers", "two framings", "two lengths"],
+)
+def test_a_head_without_end_is_refused(sent: bytes, status: bytes) -> None:
+    assert exchanged(sent)[:12] == b"HTTP/1.1 " + status
+
+
+def test_requests_before_a_broken_one_are_answered() -> None:
+    received = exchanged(post("/good", b"1") + b"nonsense\r\n\r\n" + post("/after", b"2"))
+    assert received.index(b"<POST /good 1>") < received.index(b"HTTP/1.1 400")
+    assert b"/after" not in received
+
+
+def test_a_handler_that_fails_costs_its_connection_only(caplog: pytest.LogCaptureFixture) -> None:
+    assert exchanged(post("/defect", b"1")).startswith(b"HTTP/1.1 500")
+    assert "a defect" in caplog.text
+
+
+def test_a_client_that_leaves_amid_its_body_is_noticed() -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: Echo) -> None:
+        writer.write(post("/large", b"x" * 10 * SMALL_BYTES)[:-1])
+        await writer.drain()
+        writer.close()
+        await echo.gone.wait()
+
+    served(client)
