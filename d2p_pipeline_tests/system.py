@@ -1,6 +1,7 @@
 """The whole system as users start it, `d2p up` with real processes, seen and steered through HTTP and GraphQL."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,11 +62,26 @@ class System:
         answer = httpx.post(f"http://127.0.0.1:{self.port}/records", content=b"\n".join(lines))
         assert answer.json()["accepted"] == len(lines)
 
-    def messages(self) -> list[str]:
-        if not list(self.root.rglob("[!.]*.parquet")):
-            return []
-        rows = duckdb.connect().execute(f"SELECT message FROM read_parquet('{self.root}/**/*.parquet')").fetchall()
+    def messages(self, *, besides: str = "") -> list[str]:
+        """All that are in files, those of one key left out."""
+        files = f"read_parquet('{self.root}/capability=*/**/*.parquet')"
+        rows = self.query(f'SELECT message FROM {files} WHERE "business-capability" != ?', besides)
         return sorted(message for (message,) in rows)
+
+    def rows(self, key: str) -> tuple[int, int]:
+        """A key's rows in files, and how many messages differ."""
+        files = f"read_parquet('{self.root}/capability={key}/**/*.parquet')"
+        [found] = self.query(f"SELECT count(*), count(DISTINCT message) FROM {files}") or [(0, 0)]
+        return found
+
+    def query(self, query: str, *parameters: str) -> list[tuple[Any, ...]]:
+        """Nothing as long as there are no files."""
+        try:
+            return duckdb.connect().execute(query, parameters).fetchall()
+        except duckdb.IOException as error:
+            if "No files found" not in str(error):
+                raise
+            return []
 
     def graphql(self, query: str, **variables: Any) -> Any:
         answer = httpx.post(
@@ -90,6 +106,20 @@ class System:
         answer = self.graphql(mutation, params=params)["launchRun"]
         assert answer["__typename"] == "LaunchRunSuccess", answer
         return answer["run"]["runId"]
+
+    def process_of(self, run: str) -> int | None:
+        """The process that executes a run, once it has said so."""
+        query = """query($run: ID!) {runOrError(runId: $run) {... on Run {eventConnection {events {
+            ... on MessageEvent {message}}}}}}"""
+        events = self.graphql(query, run=run)["runOrError"]["eventConnection"]["events"]
+        found = (re.search(r"\(pid: (\d+)\)", event.get("message", "")) for event in events)
+        return next((int(match[1]) for match in found if match), None)
+
+    def runs_of(self, key: str) -> list[str]:
+        """Runs for one key, the newest first."""
+        query = "query($tags: [ExecutionTag!]) {runsOrError(filter: {tags: $tags}) {... on Runs {results {runId}}}}"
+        runs = self.graphql(query, tags=[{"key": "d2p/key", "value": key}])["runsOrError"]["results"]
+        return [run["runId"] for run in runs]
 
     def status(self, run: str) -> str:
         return self.graphql("query($run: ID!) {runOrError(runId: $run) {... on Run {status}}}", run=run)["runOrError"][
@@ -138,6 +168,15 @@ def block(system: System, key: str) -> Path:
     blocked.parent.mkdir(parents=True, exist_ok=True)
     blocked.write_text("in the way")
     return blocked
+
+
+def peak_mb(process: int) -> int:
+    """The most memory a process has had; 0 when it has ended."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+    except FileNotFoundError:
+        return 0
+    return int(found[1]) // 1024 if found else 0
 
 
 def partitions_in_recovery(system: System) -> list[str]:

@@ -1,5 +1,6 @@
 """The whole system as users start it: `d2p up` with real processes, from the HTTP request to the Parquet file."""
 
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 from redis import Redis
 
@@ -25,9 +27,10 @@ pytestmark = pytest.mark.timeout(240)
 
 
 def test_a_posted_record_is_in_a_file_and_in_the_ui_and_survives_a_restart(start: Start) -> None:
-    system = start().wait()
+    system = start(flush_interval="3600").wait()
     system.post(line("payments", "first"))
-    until(lambda: system.messages() == ["first"], seconds=60)
+    assert httpx.post(f"http://127.0.0.1:{system.port}/flush/").status_code == 202
+    until(lambda: system.messages() == ["first"])
 
     [run] = until(
         lambda: system.graphql(
@@ -47,27 +50,43 @@ def test_a_posted_record_is_in_a_file_and_in_the_ui_and_survives_a_restart(start
     assert (materialization["partition"], figures["dagster/row_count"]) == ("payments", 1)
 
     assert httpx.post(f"http://127.0.0.1:{system.port}/healthcheck/").status_code == 405
-    assert system.stop() == 0, system.log.read_text()
+    system.post(line("payments", "second"))
+    assert system.stop(signal.SIGTERM) == 0, system.log.read_text()
+    assert "1 records wait in Redis" in system.log.read_text()
 
-    again = start(flush_interval="3600", buffer_size="1000000").wait()
-    again.post(line("payments", "second"))
-    assert again.stop(signal.SIGTERM) == 0
-    assert "1 records wait in Redis" in again.log.read_text()
-    third = start(flush_interval="1").wait()
-    until(lambda: third.messages() == ["first", "second"], seconds=60)
+    again = start(flush_interval="1").wait()
+    until(lambda: again.messages() == ["first", "second"])
+    assert again.stop() == 0
 
 
-def test_two_instances_on_one_redis_that_restarts_deliver_everything_once(start: Start, tmp_path: Path) -> None:
+def test_two_instances_on_a_redis_that_restarts_write_everything_to_s3_once_and_show_no_secret(
+    tmp_path: Path, s3_service: Service, aws_environment: None, start: Start
+) -> None:
+    bucket = s3_service.bucket()
     redis = EmbeddedRedis(tmp_path / "redis").start()
-    settings = {"redis_url": redis.url, "writer_file_path": str(tmp_path / "out"), "flush_interval": "1"}
-    one, two = start("one", **settings), start("two", **settings)
-    one.wait()
-    two.wait()
-    expected: list[str] = []
+    settings = {
+        "redis_url": redis.url,
+        "writer_type": "aws-s3",
+        "s3_bucket_name": bucket,
+        "s3_prefix": "logs",
+        "s3_region": REGION,
+        "s3_endpoint": s3_service.url,
+        "s3_role_arn": "arn:aws:iam::123456789012:role/d2p",
+        "s3_sts_endpoint": s3_service.url,
+        "tokens": "a-token-nobody-sees",
+        "flush_interval": "3",
+    }
+    systems = [start(name, **settings) for name in ("one", "two")]
+    for system in systems:
+        system.wait()
     for number in range(20):
-        system, key = (one, two)[number % 2], f"key {number % 4}"
-        system.post(line(key, f"{number:03}"))
-        expected.append(f"{number:03}")
+        system, key = systems[number % 2], f"key {number // 2 % 2}"
+        answer = httpx.post(
+            f"http://127.0.0.1:{system.port}/records",
+            content=line(key, f"{number:03}"),
+            headers={"authorization": "Bearer a-token-nobody-sees"},
+        )
+        assert answer.json()["accepted"] == 1
         if number == 10:
             assert redis.process
             redis.process.kill()
@@ -76,43 +95,25 @@ def test_two_instances_on_one_redis_that_restarts_deliver_everything_once(start:
             redis = EmbeddedRedis(tmp_path / "redis").start()
     with Redis.from_url(redis.url) as producer:
         producer.rpush("data:{foreign}", line("foreign", "pushed"))
-    until(lambda: len(one.messages()) >= 21, seconds=120)
-    assert one.messages() == sorted([*expected, "pushed"])
-    assert one.stop() == two.stop() == 0
-    assert one.messages() == sorted([*expected, "pushed"])
+    expected = sorted([f"{number:03}" for number in range(20)] + ["pushed"])
+    until(lambda: len(messages(s3_service, bucket)) >= len(expected))
+    shown = ""
+    for system in systems:
+        shown += json.dumps(system.graphql("{runsOrError {... on Runs {results {runConfigYaml tags {key value}}}}}"))
+        assert system.stop() == 0
+        logs = (system.directory / ".d2p/logs").iterdir()
+        shown += "".join(log.read_text(errors="replace") for log in [system.log, *logs])
+    for secret in ("a-token-nobody-sees", os.environ["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in shown
+    assert messages(s3_service, bucket) == expected
     redis.stop()
 
 
-def test_the_whole_system_writes_to_s3_under_an_assumed_role_and_shows_no_secret(
-    start: Start, s3_service: Service, aws_environment: None
-) -> None:
-    bucket = s3_service.bucket()
-    system = start(
-        writer_type="aws-s3",
-        s3_bucket_name=bucket,
-        s3_prefix="logs",
-        s3_region=REGION,
-        s3_endpoint=s3_service.url,
-        s3_role_arn="arn:aws:iam::123456789012:role/d2p",
-        s3_sts_endpoint=s3_service.url,
-        flush_interval="1",
-        tokens="a-token-nobody-sees",
-    ).wait()
-    answer = httpx.post(
-        f"http://127.0.0.1:{system.port}/records",
-        content=line("payments", "to S3"),
-        headers={"authorization": "Bearer a-token-nobody-sees"},
-    )
-    assert answer.json()["accepted"] == 1
-    [key] = until(lambda: [key for key in s3_service.keys(bucket) if key.endswith(".parquet")])
-    assert key.startswith("logs/capability=payments/year=2026/month=11/day=21/hour=10/")
-    query = "{runsOrError {... on Runs {results {runConfigYaml tags {key value}}}}}"
-    shown = json.dumps(system.graphql(query)) + "".join(
-        log.read_text(errors="replace") for log in [system.log, *(system.directory / ".d2p/logs").iterdir()]
-    )
-    for secret in ("a-token-nobody-sees", os.environ["AWS_SECRET_ACCESS_KEY"]):
-        assert secret not in shown
-    assert system.stop() == 0
+def messages(s3_service: Service, bucket: str) -> list[str]:
+    keys = [key for key in s3_service.keys(bucket) if key.endswith(".parquet")]
+    assert all(key.startswith("logs/capability=") for key in keys)
+    files = [io.BytesIO(s3_service.content(bucket, key)) for key in keys]
+    return sorted(message for file in files for message in pq.read_table(file)["message"].to_pylist())
 
 
 def test_a_target_that_cannot_be_written_is_said_at_the_start(start: Start, tmp_path: Path) -> None:

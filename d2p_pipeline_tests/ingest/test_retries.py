@@ -48,9 +48,12 @@ class Crowd:
 
     def work(self, client: int) -> None:
         batch = 0
-        while not self.ending.is_set():
-            batch += 1
-            self._deliver([f"{client}-{batch}-{number} {'x' * 200}" for number in range(1 + batch % 20)])
+        with httpx.Client(timeout=5) as connection:
+            while not self.ending.is_set():
+                batch += 1
+                self._deliver(
+                    connection, [f"{client}-{batch}-{number} {'x' * 200}" for number in range(1 + batch % 20)]
+                )
 
     def wait_for(self, batches: int) -> None:
         with self._more:
@@ -62,13 +65,12 @@ class Crowd:
             before = self.refusals[status]
             assert self._more.wait_for(lambda: self.refusals[status] > before, 60)
 
-    def _deliver(self, messages: list[str]) -> None:
+    def _deliver(self, connection: httpx.Client, messages: list[str]) -> None:
         body = "\n".join(json.dumps({**GOOD, "message": message}) for message in messages)
         headers = {"idempotency-key": str(uuid.uuid4())} if self.with_key else {}
         for attempt in range(100_000):
             try:
-                with httpx.Client(timeout=5) as client:
-                    status = client.post(f"{self.url}/records", content=body, headers=headers).status_code
+                status = connection.post(f"{self.url}/records", content=body, headers=headers).status_code
             except httpx.TransportError:
                 status = 0
             with self._more:

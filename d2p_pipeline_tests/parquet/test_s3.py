@@ -27,7 +27,7 @@ from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
 pytestmark = pytest.mark.usefixtures("aws_environment")
 
 MIB = 2**20
-LARGEST = 300 * MIB
+LARGEST = 100 * MIB
 PART = 5 * MIB  # the smallest that S3 takes
 LARGE = bytes(range(256)) * (PART // 256) + b"the second part"
 

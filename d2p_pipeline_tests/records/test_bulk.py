@@ -25,7 +25,8 @@ def in_bulk(*lines: bytes, rules: Rules | None = None) -> Parsed:
 
 def one_by_one(*lines: bytes, rules: Rules | None = None) -> Parsed:
     """Each line alone, far below what is decoded in bulk."""
-    results = [parse([text], rules or Rules(), 0) for text in (b"", *lines)]
+    parsed = {text: parse([text], rules or Rules(), 0) for text in {b"", *lines}}
+    results = [parsed[text] for text in (b"", *lines)]
     return Parsed(
         pa.concat_tables([result.table for result in results]),
         [reject for result in results for reject in result.rejects],
