@@ -132,7 +132,8 @@ class Delivered:
     rows: int
     reasons: Mapping[str, int]
     """Rejected records by reason."""
-    preview: list[dict[str, object]]
+    preview: list[dict[str, str]]
+    """Of the first rows what is not empty, as text, cut."""
 
 
 def plan(buffer: Buffer, leases: Leases, refs: Iterable[BatchRef], unit_bytes: int) -> Planned:
@@ -325,10 +326,20 @@ def acknowledge(
         if not keep_dead_letters:
             log_unkept(part.claim.batch.key, letters)
         rejected = {**reasons(letters), **({DROPPED: dropped} if dropped else {})}
-        delivered.append(Delivered(part, files, table.num_rows, rejected, table.slice(0, PREVIEW_ROWS).to_pylist()))
+        delivered.append(Delivered(part, files, table.num_rows, rejected, _preview(table)))
     if lost:
         raise lost
     return delivered
+
+
+def _preview(table: pa.Table) -> list[dict[str, str]]:
+    rows = table.slice(0, PREVIEW_ROWS).to_pylist()
+    return [{name: _short(value) for name, value in row.items() if value not in (None, [], {})} for row in rows]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= PREVIEW_WIDTH else text[: PREVIEW_WIDTH - 1] + "…"
 
 
 def _retract(buffer: Buffer, part: Part, files: Sequence[Written], remove: Callable[[str], None]) -> None:
@@ -340,6 +351,7 @@ def _retract(buffer: Buffer, part: Part, files: Sequence[Written], remove: Calla
 
 
 PREVIEW_ROWS = 3
+PREVIEW_WIDTH = 60
 DROPPED = "dropped by transform"
 """The reason of rows that the user's function left out: counted as rejected, and kept nowhere."""
 

@@ -82,19 +82,17 @@ def _batches(delivered: Sequence[Delivered]) -> list[str]:
 
 
 _PREVIEW_COLUMNS = 8
-_PREVIEW_WIDTH = 60
 
 
-def _preview(rows: Sequence[dict[str, object]]) -> str:
+def _preview(rows: Sequence[dict[str, str]]) -> str:
     """A Markdown table of the first columns that hold something."""
     if not rows:
         return "no rows"
-    columns = [name for name in rows[0] if any(row[name] not in (None, [], {}) for row in rows)][:_PREVIEW_COLUMNS]
+    columns = list(dict.fromkeys(name for row in rows for name in row))[:_PREVIEW_COLUMNS]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row[name]) for name in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cell(value: object) -> str:
-    text = "" if value is None else str(value).replace("|", "\\|").replace("\n", " ").replace("`", "'")
-    return text if len(text) <= _PREVIEW_WIDTH else text[: _PREVIEW_WIDTH - 1] + "…"
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("`", "'")

@@ -92,6 +92,7 @@ def put_into_recovery(
         return
     if failed:
         instance.add_dynamic_partitions(RECOVERY, [batch_id])
+        show(instance, parts.settings, failed)
 
 
 def give_up(
@@ -111,19 +112,41 @@ def give_up(
         claim = buffer.claim(batch.ref, f"{settings.redis_lock_instance_name}:{ULID()}", _MOMENT_MS)
         if claim:
             runs = instance.get_runs(limit=_RUNS_LOOKED_AT) if runs is None else runs
-            _fail(buffer, settings, claim, f"{what}; {_last_run(instance, runs, batch)}", log)
+            if failed := _fail(buffer, settings, claim, f"{what}; {_last_run(instance, runs, batch)}", log):
+                show(instance, settings, failed)
+
+
+def show(instance: dg.DagsterInstance, settings: Settings, batch: Batch) -> None:
+    """Say in the catalogue what waits in a partition of `recovery`, and why."""
+    again = next_attempt(batch, settings)
+    instance.report_runless_asset_event(
+        dg.AssetObservation(
+            asset_key=RECOVERY,
+            partition=batch.id,
+            metadata={
+                "key": batch.key,
+                "error": batch.error,
+                "failures": batch.failures,
+                "records": batch.records,
+                "bytes": batch.size,
+                "oldest_record": dg.MetadataValue.timestamp(batch.first / 1000),
+                "failed_at": dg.MetadataValue.timestamp(batch.failed_at / 1000),
+                "next_attempt": "when a person asks" if again is None else dg.MetadataValue.timestamp(again / 1000),
+            },
+        )
+    )
 
 
 def _fail(
     buffer: Buffer, settings: Settings, claim: Claim, reason: str, log: dg.DagsterLogManager | logging.Logger
-) -> bool:
+) -> Batch | None:
     failures = buffer.fail(claim, reason)
     batch = buffer.batch(claim.batch)
     if not failures or batch is None:
-        return False
+        return None
     buffer.retry_at(claim.batch, next_attempt(batch, settings))
     log.error(f"key={batch.key} batch={batch.id} in recovery after failure {failures}: {reason}")
-    return True
+    return batch
 
 
 def _last_run(instance: dg.DagsterInstance, runs: Sequence[dg.DagsterRun], batch: Batch) -> str:

@@ -19,7 +19,7 @@ from d2p_pipeline.buffer.protocol import FORMAT, Batch
 from d2p_pipeline.delivery import Delivered
 from d2p_pipeline.orchestration.assets import report_deliveries
 from d2p_pipeline.orchestration.deliver import deliver
-from d2p_pipeline.orchestration.failures import give_up
+from d2p_pipeline.orchestration.failures import give_up, show
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.keys import RECOVERY, partition_of
 from d2p_pipeline.orchestration.lost_runs import fail_lost_runs
@@ -29,6 +29,8 @@ from d2p_pipeline.settings import load
 
 RUNS_PER_TICK = 10
 SENSOR_SECONDS = 15
+SHOWN_PER_TICK = 200
+"""Of more batches that came into recovery unseen, `d2p status` alone says what they are."""
 LOOK_AGAIN_MS = 60_000
 """When a batch is looked at again after a run was asked for."""
 TAG_LENGTH = 200
@@ -103,7 +105,8 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
         buffer, settings, lost, "the run that held it in recovery ended without delivering it", instance, context.log
     )
     due = {batch.id: batch for batch in free if batch.token == batch.failed_token}
-    missing = sorted(waiting.difference(known))
+    unseen = waiting.difference(known)
+    missing = sorted(unseen)
     # What a run is about to deliver, or a claim holds, may come back.
     still_open = set() if waiting.issuperset(known) else {batch.id for batch in buffer.open_batches()}
     staying = waiting | held | still_open
@@ -111,6 +114,9 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
     changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
     if missing:
         changes.append(partitions.build_add_request(missing))
+        news = (batch for batch in buffer.recovering() if batch.id in unseen)
+        for batch in islice(news, SHOWN_PER_TICK):
+            show(instance, settings, batch)
     if delivered:
         changes.append(partitions.build_delete_request(delivered))
     requests: list[dg.RunRequest] = []

@@ -62,9 +62,18 @@ def partitions(pipeline: Pipeline) -> list[str]:
     return sorted(pipeline.instance.get_dynamic_partitions("recovery"))
 
 
+def observations(pipeline: Pipeline) -> list[dg.AssetObservation]:
+    """What the catalogue says of batches in recovery, the newest first."""
+    records = pipeline.instance.fetch_observations(recovery.key, limit=10).records
+    return [record.asset_observation for record in records if record.asset_observation]
+
+
 def test_a_failed_batch_is_delivered_from_recovery_after_the_repair(pipeline: Pipeline) -> None:
     [batch] = fail(pipeline, "a")
     assert partitions(pipeline) == ["B-a"]
+    [seen] = observations(pipeline)
+    assert (seen.partition, seen.metadata["key"].value, seen.metadata["failures"].value) == ("B-a", "a", 1)
+    assert "capability=a" in str(seen.metadata["error"].value)
     assert not recover(pipeline, batch).success
     assert [found.failures for found in pipeline.buffer.recovering()] == [2]
     pipeline.receive([line("a", "meanwhile")], name="meanwhile")
@@ -135,6 +144,7 @@ def test_partitions_follow_what_is_in_recovery(pipeline: Pipeline) -> None:
     pipeline.instance.delete_dynamic_partition("recovery", batch.id)  # Dagster's storage was lost
     tick(pipeline)
     assert partitions(pipeline) == [batch.id]
+    assert [seen.partition for seen in observations(pipeline)] == [batch.id] * 2
     repair(pipeline, "a")
     assert recover(pipeline, batch).success
     run = create_run_for_test(
