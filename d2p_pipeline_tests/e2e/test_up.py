@@ -23,7 +23,7 @@ from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
 from d2p_pipeline_tests.pipeline import line
 from d2p_pipeline_tests.system import Start, until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_a_posted_record_is_in_a_file_and_in_the_ui_and_survives_a_restart(start: Start) -> None:
