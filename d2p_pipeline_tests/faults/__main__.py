@@ -1,30 +1,115 @@
-"""Schedules of faults one after the other: `python -m d2p_pipeline_tests.faults FIRST COUNT`; a line of JSON for each."""
+"""Schedules of faults one after the other: `python -m d2p_pipeline_tests.faults FIRST COUNT`. A line of JSON for each, and the
+totals at the end; `--jobs` of them at a time.
+"""
 
+import argparse
+import subprocess
 import sys
 import tempfile
+import threading
+import traceback
+from collections import Counter
 from pathlib import Path
 
 import msgspec
 
 from d2p_pipeline_tests.faults.schedule import schedule
-from d2p_pipeline_tests.faults.world import World
+from d2p_pipeline_tests.faults.world import Books, World
 
 
 def main() -> int:
-    first, number = int(sys.argv[1]), int(sys.argv[2])
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="faults-") as directory:
-        world = World(Path(directory))
+    parser = argparse.ArgumentParser(prog="python -m d2p_pipeline_tests.faults", description=__doc__)
+    parser.add_argument("first", type=int, help="seed of the first schedule")
+    parser.add_argument("count", type=int, help="how many schedules")
+    parser.add_argument("--jobs", type=int, default=2, help="schedules at a time (default: 2)")
+    parser.add_argument("--every", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.jobs > 1:
+        return in_parallel(options.first, options.count, options.jobs)
+    return one_by_one(range(options.first, options.first + options.count, options.every))
+
+
+def one_by_one(seeds: range) -> int:
+    """Schedules in this process; worlds are kept from one to the next."""
+    failed, worlds = 0, dict[str, World]()
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as directory:
         try:
-            for seed in range(first, first + number):
-                books = world.run(schedule(seed))
-                failed += not books.balance
-                print(msgspec.json.encode(books).decode(), flush=True)
-                if not books.balance:
-                    print((Path(directory) / f"runs-{seed}.log").read_text(errors="replace")[-20000:], file=sys.stderr)
+            for seed in seeds:
+                failed += not run(seed, worlds, Path(directory))
         finally:
-            world.close()
+            for world in worlds.values():
+                world.close()
     return failed > 0
+
+
+def run(seed: int, worlds: dict[str, World], directory: Path) -> bool:
+    """Whether the books of a schedule balance."""
+    course = schedule(seed)
+    if course.server not in worlds:
+        place = directory / f"{course.server}-{seed}"
+        place.mkdir()
+        worlds[course.server] = World(place, course.server)
+    world = worlds[course.server]
+    try:
+        books = world.run(course)
+    except Exception:  # noqa: BLE001  # the other schedules are to run
+        print(f"seed {seed}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        worlds.pop(course.server).close()
+    else:
+        print(msgspec.json.encode(books).decode(), flush=True)
+        if books.balance:
+            return True
+    log = world.directory / f"runs-{seed}.log"
+    print(log.read_text(errors="replace")[-20000:] if log.exists() else "", file=sys.stderr, flush=True)
+    return False
+
+
+def in_parallel(first: int, count: int, jobs: int) -> int:
+    """Every `jobs`-th schedule in a process of its own."""
+    command = [sys.executable, "-m", "d2p_pipeline_tests.faults", "--jobs", "1", "--every", str(jobs)]
+    workers = [
+        subprocess.Popen([*command, str(first + job), str(count - job)], stdout=subprocess.PIPE, text=True)
+        for job in range(min(jobs, count))
+    ]
+    found: list[Books] = []
+    writing = threading.Lock()
+
+    def listen(worker: "subprocess.Popen[str]") -> None:
+        assert worker.stdout
+        for line in worker.stdout:
+            with writing:
+                found.append(msgspec.json.decode(line, type=Books))
+                print(line, end="", flush=True)
+
+    readers = [threading.Thread(target=listen, args=(worker,)) for worker in workers]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    codes = [worker.wait() for worker in workers]
+    print(totals(found, count))
+    return any(codes) or len(found) != count
+
+
+def totals(found: list[Books], count: int) -> str:
+    """All schedules together."""
+    struck = sum((books.struck for books in found), Counter[str]())
+    numbers = {
+        "schedules": count,
+        "balanced": sum(books.balance for books in found),
+        **{
+            name: sum(getattr(books, name) for books in found)
+            for name in ("accepted", "refused", "unknown", "rows", "dead_letters", "runs")
+        },
+        **{
+            name: sum(len(getattr(books, name)) for books in found)
+            for name in ("lost", "doubled", "refused_but_there", "invented", "out_of_order")
+        },
+        "faults": struck.total(),
+        "struck": dict(sorted(struck.items())),
+        "seconds": round(sum(books.seconds for books in found)),
+    }
+    return msgspec.json.encode({"totals": numbers}).decode()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Producers of numbered records, each with its own account of what became of every number it sent.
+"""Producers of numbered records through every door, each with its own account of what became of every number it sent.
 
 accepted    answered with success, or the reply to a repetition under the same Idempotency-Key was
 refused     every answer said that nothing was stored
@@ -10,12 +10,17 @@ import threading
 import time
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import httpx
+from botocore.exceptions import BotoCoreError, ClientError
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisError
 from redis.retry import Retry
+
+from d2p_pipeline.ingest import forward_sender
+from d2p_pipeline.ingest.delivering import Undelivered
 
 KEYS = ["payments", "orders", "a/b 50%"]
 REPEAT_SECONDS = 15.0
@@ -23,7 +28,8 @@ REPEAT_SECONDS = 15.0
 
 @dataclass
 class Account:
-    """What one producer knows. `order`: per key, its accepted good numbers in the order it sent them."""
+    """What one producer knows. `order`: the accepted good numbers that stay in the order in which it sent them: those of a key,
+    or, where its door keeps no order, of one batch."""
 
     good: set[str] = field(default_factory=set[str])
     bad: set[str] = field(default_factory=set[str])
@@ -62,28 +68,40 @@ def line(key: str, number: str) -> bytes:
 
 
 class Producer(threading.Thread):
-    """Sends batches one after the other until told to stop."""
+    """Sends as many batches as it is given leave to, one after the other, until told to stop. Names, and so numbers, belong to
+    a seed: what a process stores when it wakes up under the next schedule is told apart."""
 
-    def __init__(self, name: str, seed: int, pause: float = 0.02) -> None:
-        super().__init__(name=name, daemon=True)
+    is_ordered = True
+    """Whether its door keeps the order in which it sends."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        super().__init__(name=f"{seed}.{name}", daemon=True)
         self.account = Account()
         self._random = Random(f"{seed} {name}")
-        self._pause = pause
+        self._leave = threading.Semaphore(0)
         self._ending = threading.Event()
         self._next = 0
 
     def run(self) -> None:
-        while not self._ending.wait(self._pause):
+        while self._leave.acquire() and not self._ending.is_set():
             key = self._random.choice(KEYS)
             numbers = [f"{self.name}-{self._next + number:06}" for number in range(self._random.randint(1, 12))]
             self._next += len(numbers)
-            self.account.settle(key, numbers, self.send(numbers[0], b"\n".join(line(key, n) for n in numbers), key))
+            outcome = self.send(numbers[0], b"\n".join(line(key, n) for n in numbers), key)
+            self.account.settle(key if self.is_ordered else numbers[0], numbers, outcome)
 
     def send(self, name: str, body: bytes, key: str) -> str:
         raise NotImplementedError
 
+    def give_leave(self, batches: int) -> None:
+        """To send so many more, if it has sent all of the last."""
+        while self._leave.acquire(blocking=False):
+            pass
+        self._leave.release(batches)
+
     def stop(self) -> Account:
         self._ending.set()
+        self._leave.release()
         self.join(60)
         assert not self.is_alive()
         return self.account
@@ -120,7 +138,7 @@ class PushProducer(Producer):
     """A foreign program that knows nothing but RPUSH, and repeats nothing."""
 
     def __init__(self, name: str, seed: int, redis_url: str) -> None:
-        super().__init__(name, seed, pause=0.1)
+        super().__init__(name, seed)
         self._client = Redis.from_url(redis_url, socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
     def send(self, name: str, body: bytes, key: str) -> str:
@@ -129,5 +147,38 @@ class PushProducer(Producer):
         except OutOfMemoryError:
             return "refused"
         except RedisError:
+            return "unknown"
+        return "accepted"
+
+
+class ForwardProducer(Producer):
+    """Sends chunks as Fluent Bit does, each again under its name until it is acknowledged, or for a while."""
+
+    def __init__(self, name: str, seed: int, address: str) -> None:
+        super().__init__(name, seed)
+        self._address = address
+
+    def send(self, name: str, body: bytes, key: str) -> str:
+        lines = body.split(b"\n")
+        try:
+            forward_sender.send(lines, self._address, connections=1, patience=REPEAT_SECONDS)
+        except Undelivered:
+            return "unknown"
+        return "accepted"
+
+
+class SqsProducer(Producer):
+    """Puts messages into a queue, which promises no order; what SQS has taken is accepted."""
+
+    is_ordered = False
+
+    def __init__(self, name: str, seed: int, client: Any, url: str) -> None:
+        super().__init__(name, seed)
+        self._client, self._url = client, url
+
+    def send(self, name: str, body: bytes, key: str) -> str:
+        try:
+            self._client.send_message(QueueUrl=self._url, MessageBody=body.decode())
+        except (BotoCoreError, ClientError):
             return "unknown"
         return "accepted"

