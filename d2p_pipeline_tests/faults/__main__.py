@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from d2p_pipeline_tests.faults.books import Books
 from d2p_pipeline_tests.faults.schedule import schedule
-from d2p_pipeline_tests.faults.world import Books, World
+from d2p_pipeline_tests.faults.world import World
 
 
 def main() -> int:
@@ -78,7 +79,7 @@ def in_parallel(first: int, count: int, jobs: int) -> int:
         assert worker.stdout
         for line in worker.stdout:
             with writing:
-                found.append(msgspec.json.decode(line, type=Books))
+                found.append(Books(**msgspec.json.decode(line)))
                 print(line, end="", flush=True)
 
     readers = [threading.Thread(target=listen, args=(worker,)) for worker in workers]
@@ -93,7 +94,7 @@ def in_parallel(first: int, count: int, jobs: int) -> int:
 
 def totals(found: list[Books], count: int) -> str:
     """All schedules together."""
-    struck = sum((books.struck for books in found), Counter[str]())
+    struck = sum((Counter(books.struck) for books in found), Counter[str]())
     numbers = {
         "schedules": count,
         "balanced": sum(books.balance for books in found),

@@ -18,13 +18,10 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.parquet as pq
 from botocore.config import Config
 from botocore.session import Session
 from moto.core.models import DEFAULT_ACCOUNT_ID
@@ -38,17 +35,14 @@ from d2p_pipeline.buffer.embedded import EmbeddedRedis, binary
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import BatchRef
 from d2p_pipeline.buffer.redis import RedisBuffer
-from d2p_pipeline.records.dead_letter import DeadLetter
+from d2p_pipeline_tests.faults.books import Books, batches_of, letters_of
 from d2p_pipeline_tests.faults.doors import Door
 from d2p_pipeline_tests.faults.producers import (
-    KEYS,
-    Account,
     ForwardProducer,
     HttpProducer,
     Producer,
     PushProducer,
     SqsProducer,
-    is_bad,
 )
 from d2p_pipeline_tests.faults.schedule import ANSWERS, OTHER_SETTINGS, Fault, Schedule
 from d2p_pipeline_tests.faults.struck_run import Struck, StruckRun, tick
@@ -69,33 +63,6 @@ AWS = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
 }
-
-
-@dataclass
-class Books:
-    """What became of the records of one schedule. `faults` were drawn; those of them that struck are in `struck`."""
-
-    seed: int
-    server: str
-    target: str
-    faults: Counter[str]
-    struck: Counter[str] = field(default_factory=Counter[str])
-    accepted: int = 0
-    refused: int = 0
-    unknown: int = 0
-    rows: int = 0
-    dead_letters: int = 0
-    runs: int = 0
-    seconds: float = 0.0
-    lost: list[str] = field(default_factory=list[str])
-    doubled: list[str] = field(default_factory=list[str])
-    refused_but_there: list[str] = field(default_factory=list[str])
-    invented: list[str] = field(default_factory=list[str])
-    out_of_order: list[str] = field(default_factory=list[str])
-
-    @property
-    def balance(self) -> bool:
-        return not (self.lost or self.doubled or self.refused_but_there or self.invented or self.out_of_order)
 
 
 def servers() -> dict[str, str]:
@@ -290,7 +257,9 @@ class _Course:
             self.undo_until(None)
         accounts = [producer.stop() for producer in producers]
         self.settle(buffer)
-        self.balance(accounts)
+        batches = batches_of(self.files(), self.sealed)
+        letters = letters_of(buffer)
+        self.books.balance_with(accounts, batches, letters, in_order=not self.books.struck["Redis clock steps"])
         buffer.close()
         self.count_strikes()
         self.books.seconds = round(time.monotonic() - self.started, 1)
@@ -597,57 +566,6 @@ class _Course:
         live = [(run.pid, run.refs) for run in self.runs if not run.has_ended()]
         left = self.world.messages_left()
         return f"{live} {left} {[*buffer.open_batches(), *buffer.recovering(), *buffer.waiting()]}"[:3000]
-
-    def balance(self, accounts: list[Account]) -> None:
-        books, mine = self.books, f"{self.schedule.seed}."
-        rows = [number for number in self.rows() if number.startswith(mine)]
-        letters = [
-            json.loads(DeadLetter.from_json(letter).raw)["message"]
-            for key in KEYS
-            for letter in cast(list[bytes], self.world.client.lrange(Names().of("dlq", key), 0, -1))
-        ]
-        letters = [number for number in letters if number.startswith(mine)]
-        there = Counter([*rows, *letters])
-        accepted = set[str]().union(*(account.good | account.bad for account in accounts))
-        refused = set[str]().union(*(account.refused for account in accounts))
-        unknown = set[str]().union(*(account.unknown for account in accounts))
-        books.accepted, books.refused, books.unknown = len(accepted), len(refused), len(unknown)
-        books.rows, books.dead_letters = len(rows), len(letters)
-        books.lost = sorted(accepted - there.keys())
-        books.doubled = sorted(number for number, count in there.items() if count > 1)
-        books.refused_but_there = sorted(refused & there.keys())
-        wrong = [number for number in rows if is_bad(number)] + [number for number in letters if not is_bad(number)]
-        books.invented = sorted((there.keys() - accepted - refused - unknown) | set(wrong))
-        self.check_order(accounts)
-
-    def check_order(self, accounts: list[Account]) -> None:
-        """Each producer's records of a key, in the order of delivery: batches as they were sealed, units and rows as they are
-        numbered. Where the clock stepped that order is not known, and only that within a batch is looked at."""
-        batches = self.batches()
-        groups = [[batch] for batch in batches] if self.books.struck["Redis clock steps"] else [batches]
-        for group in groups:
-            place = {number: index for index, number in enumerate(number for batch in group for number in batch)}
-            for account in accounts:
-                for numbers in account.order.values():
-                    found = [number for number in numbers if number in place]
-                    self.books.out_of_order += [two for one, two in pairwise(found) if place[one] > place[two]]
-
-    def rows(self) -> Iterator[str]:
-        for batch in self.batches():
-            yield from batch
-
-    def batches(self) -> list[list[str]]:
-        """Numbers in files, by batch."""
-        found: list[tuple[int, str, int, list[str]]] = []
-        for source in self.files():
-            file = pq.ParquetFile(source)
-            metadata = file.metadata.metadata or {}
-            batch, unit = metadata[b"d2p.batch"].decode(), int(metadata[b"d2p.unit"])
-            found.append((self.sealed.get(batch, 0), batch, unit, file.read(["message"]).column(0).to_pylist()))
-        batches: dict[str, list[str]] = {}
-        for _, batch, _, messages in sorted(found):
-            batches.setdefault(batch, []).extend(messages)
-        return list(batches.values())
 
     def files(self) -> Iterator[Path | io.BytesIO]:
         if not self.bucket:
