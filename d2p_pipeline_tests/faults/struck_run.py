@@ -147,14 +147,12 @@ def _work(
 
 
 def _flush(refs: Sequence[BatchRef]) -> int:
-    import dagster as dg
-
     from d2p_pipeline.definitions import defs
+    from d2p_pipeline_tests.faults.preloaded import INSTANCE
 
     config = {"ops": {"plan_units": {"config": {"batches": [{"key": ref.key, "id": ref.id} for ref in refs]}}}}
-    with dg.DagsterInstance.ephemeral() as instance:
-        job = defs.resolve_job_def("flush")
-        return not job.execute_in_process(instance=instance, run_config=config, raise_on_error=False).success
+    job = defs.resolve_job_def("flush")
+    return not job.execute_in_process(instance=INSTANCE, run_config=config, raise_on_error=False).success
 
 
 def tick(requests: Path) -> int:
@@ -162,8 +160,9 @@ def tick(requests: Path) -> int:
     import dagster as dg
 
     from d2p_pipeline.orchestration.sensor import buffer_sensor
+    from d2p_pipeline_tests.faults.preloaded import INSTANCE
 
-    with dg.DagsterInstance.ephemeral() as instance, dg.build_sensor_context(instance=instance) as context:
+    with dg.build_sensor_context(instance=INSTANCE) as context:
         found = [one.run_config for one in cast(Any, buffer_sensor(context)) if isinstance(one, dg.RunRequest)]
     temporary = requests.with_suffix(".tmp")
     temporary.write_text(json.dumps(found))

@@ -530,9 +530,7 @@ class _Course:
             self.let_time_pass(buffer)
             if self.is_at_rest(buffer):
                 break
-            if not self.ticks:
-                self.tick()
-            time.sleep(0.1)
+            time.sleep(0.05)
             self.take_requests()
             assert time.monotonic() < deadline, f"seed {self.schedule.seed} did not settle: {self.state(buffer)}"
         self.sealed |= {
@@ -541,7 +539,7 @@ class _Course:
         }
 
     def is_at_rest(self, buffer: RedisBuffer) -> bool:
-        """Whether nothing is left to do; otherwise makes due what time would make due."""
+        """Whether nothing is left to do; otherwise makes due what time would make due, and looks after it."""
         open_batches, recovering = list(buffer.open_batches()), list(buffer.recovering())
         self.sealed |= {batch.id: batch.sealed_at for batch in (*open_batches, *recovering)}
         live = [run for run in self.runs if not run.has_ended()]
@@ -557,7 +555,10 @@ class _Course:
         busy = buffer.claimed([batch.ref for batch in recovering]).union(*(run.refs for run in live))
         if repeat := [batch.ref for batch in recovering if batch.ref not in busy]:
             self.start(repeat)
-        buffer.postpone({batch.ref: 0 for batch in open_batches if batch.ref not in busy})
+        free = {batch.ref: 0 for batch in open_batches if batch.ref not in busy}
+        buffer.postpone(free)
+        if not self.ticks and (free or next(buffer.waiting(), None)):
+            self.tick()
         if self.books.struck["Redis clock steps"]:
             buffer.request_flush()  # what began under the other clock is due only when this one is there
         return False
