@@ -2,7 +2,9 @@
 
 The machine plays producers, sensor, runs and misfortune in random order against a real buffer. Runs go through the steps of
 `d2p_pipeline.delivery` one at a time, several at once, each under one of several settings that name or fill files differently;
-any of them may die or fall asleep between two steps, and wake up when another has done its work. The files are a dictionary.
+any of them may die or fall asleep between two steps, and wake up when another has done its work. Every change may arrive
+twice. What a step may do is checked when it has been done, and what has become of the records at the end. The files are a
+dictionary.
 
 One thing the machine does not do, because nothing can be done about it: kill a run that has lost its claim between a write
 and the acknowledgement that tells it so (docs/reliability.md).
@@ -40,8 +42,31 @@ from d2p_pipeline.records.dead_letter import DeadLetter
 
 KEYS = st.sampled_from(["a", "b"])
 LEASE = 60_000
-UNIT_BYTES = 40
-"""A few records, so that batches have several units."""
+UNIT_BYTES = [40, 25, 40, 60]
+"""By variant; a few records, so that batches have several units."""
+CHANGES = [
+    "push", "request_flush", "seal", "postpone", "reconcile", "retry_at",
+    "claim", "renew", "plan", "announce", "acknowledge", "release", "fail",
+]  # fmt: skip
+
+
+class Twice:
+    """A buffer at which, while `on`, every change arrives twice: its client got no reply to the first."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.on = False
+        self._buffer = buffer
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._buffer, name)
+        if not self.on or name not in CHANGES:
+            return method
+
+        def twice(*args: Any, **named: Any) -> Any:
+            method(*args, **named)
+            return method(*args, **named)
+
+        return twice
 
 
 @dataclass
@@ -61,13 +86,17 @@ class Run:
     def part(self) -> Part:
         return self.units[0].parts[0]
 
+    def is_about_to_acknowledge(self) -> bool:
+        return self.announced is not None and not self.strays and not self.to_write
+
 
 class Machine(RuleBasedStateMachine):
     """`client` where the buffer is on Redis."""
 
     def __init__(self, buffer: Buffer, client: "Redis | None") -> None:
         super().__init__()
-        self.buffer = buffer
+        self.twice = Twice(buffer)
+        self.buffer = cast(Buffer, self.twice)
         self.client = client
         self.number = 0
         self.accepted: dict[str, list[str]] = {"a": [], "b": []}
@@ -75,6 +104,8 @@ class Machine(RuleBasedStateMachine):
         self.seals: list[Seal] = []
         self.claims: list[Claim] = []
         self.runs: list[Run] = []
+        self.holders: dict[BatchRef, str] = {}
+        """Owners of leases that have not ended."""
         self.files: dict[str, list[str]] = {}
 
     # -- producers
@@ -164,18 +195,49 @@ class Machine(RuleBasedStateMachine):
         """A run's lease ends and another one takes its batch."""
         sleeper = data.draw(st.sampled_from(self.runs))
         claim = sleeper.part().claim
-        self.buffer.release(claim)
+        self.release(claim)
         successor = self.start(claim.batch, variant)
         for _ in range(steps):
             if successor in self.runs:
                 self.step(successor)
 
+    @rule(
+        key=KEYS,
+        count=st.integers(1, 9),
+        attempts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=2, max_size=3),
+        order=st.permutations(range(3)),
+    )
+    def attempts_overtake_each_other(
+        self, key: str, count: int, attempts: list[tuple[int, int]], order: list[int]
+    ) -> None:
+        """Each falls asleep after some steps, the next one takes the batch; then they go on to their ends in any order."""
+        self.push(key, count)
+        self.seal(key)
+        runs: list[Run] = []
+        for variant, steps in attempts if self.seals else ():
+            if runs:
+                self.release(runs[-1].part().claim)
+            run = self.start(BatchRef(self.seals[-1].key, self.seals[-1].batch_id), variant)
+            if run is None:
+                return
+            runs.append(run)
+            for _ in range(steps):
+                if len(run.units) == 1 and run.is_about_to_acknowledge():
+                    break
+                self.step(run)
+        for run in (runs[place] for place in order if place < len(runs)):
+            while run in self.runs:
+                self.step(run)
+
     def start(self, ref: BatchRef, variant: int) -> Run | None:
         self.number += 1
-        leases = Leases(self.buffer, f"run {self.number}", LEASE)
-        units = delivery.plan(self.buffer, leases, [ref], UNIT_BYTES).units
+        owner = f"run {self.number}"
+        leases = Leases(self.buffer, owner, LEASE)
+        units = delivery.plan(self.buffer, leases, [ref], UNIT_BYTES[variant]).units
         if not units:
             return None
+        assert ref not in self.holders, "two runs hold one batch"
+        self.holders[ref] = owner
         run = Run(leases, variant, [Unit((part,)) for unit in units for part in unit.parts])
         self.claims.append(run.part().claim)
         self.runs.append(run)
@@ -195,6 +257,7 @@ class Machine(RuleBasedStateMachine):
             if run.rows is None or run.announced is None:
                 run.rows, files = build(delivery.read(self.buffer, run.units[0]), run.variant)
                 run.announced = delivery.announce(self.buffer, run.units[0], files)
+                assert self.is_newest(run.part().claim), "a stale attempt may write"
                 run.strays, run.to_write, run.written = list(run.announced.strays), list(run.announced.files), []
             elif run.strays:
                 self.remove(run.strays.pop(0))
@@ -216,10 +279,18 @@ class Machine(RuleBasedStateMachine):
 
     def acknowledge(self, run: Run) -> None:
         assert run.rows
+        claim, unit = run.part().claim, run.part().number
+        before = self.buffer.batch(claim.batch)
+        is_open = before is not None and before.state != "done" and unit not in before.units_done
+        is_stale = is_open and not self.is_newest(claim)
         delivery.acknowledge(
             self.buffer, run.leases, run.rows, run.written, self.remove,
             keep_dead_letters=True,
         )  # fmt: skip
+        assert not is_stale, "a stale attempt ended a unit"
+        after = self.buffer.batch(claim.batch)
+        if after is None or after.state == "done":
+            self.holders.pop(claim.batch, None)
         run.units.pop(0)
         run.rows, run.announced, run.has_written_late = None, None, False
         if not run.units:
@@ -233,19 +304,43 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.claims)
     def lease_ends(self, data: st.DataObject) -> None:
-        self.buffer.release(data.draw(st.sampled_from(self.claims)))
+        self.release(data.draw(st.sampled_from(self.claims)))
+
+    def release(self, claim: Claim) -> None:
+        self.buffer.release(claim)
+        if self.holders.get(claim.batch) == claim.owner:
+            del self.holders[claim.batch]
 
     @rule(data=st.data())
     @precondition(lambda self: self.claims)
     def renew(self, data: st.DataObject) -> None:
-        self.buffer.renew(data.draw(st.sampled_from(self.claims)), LEASE)
+        claim = data.draw(st.sampled_from(self.claims))
+        held = self.buffer.renew(claim, LEASE)
+        assert held == self.is_newest(claim)
+        if held:
+            self.holders[claim.batch] = claim.owner
 
     @rule(data=st.data())
     @precondition(lambda self: self.claims)
     def fail(self, data: st.DataObject) -> None:
-        self.buffer.fail(data.draw(st.sampled_from(self.claims)), "disk full")
+        claim = data.draw(st.sampled_from(self.claims))
+        before, may = self.buffer.batch(claim.batch), self.is_newest(claim)
+        self.buffer.fail(claim, "disk full")
+        after = self.buffer.batch(claim.batch)
+        if before and after and after.failures > before.failures:
+            assert may, "a stale attempt put a batch into recovery"
+            self.holders.pop(claim.batch, None)
+
+    def is_newest(self, claim: Claim) -> bool:
+        """Whether nobody claimed the batch since, and it is not delivered."""
+        batch = self.buffer.batch(claim.batch)
+        return batch is not None and batch.state != "done" and batch.token == claim.token
 
     # -- misfortune
+
+    @rule(on=st.booleans())
+    def replies_are_lost_or_not(self, on: bool) -> None:
+        self.twice.on = on
 
     @rule(index=st.sampled_from(["keys", "batches", "recovery"]))
     @precondition(lambda self: self.client is not None)
@@ -273,6 +368,7 @@ class Machine(RuleBasedStateMachine):
         assert not [name for name, count in Counter(letters).items() if count > 1]
 
     def teardown(self) -> None:
+        self.twice.on = False
         if self.client:
             self.client.config_set("maxmemory", 0)
         self.come_to_rest()
@@ -289,7 +385,7 @@ class Machine(RuleBasedStateMachine):
             while run in self.runs and run.has_written_late:
                 self.step(run)
         for claim in self.claims:
-            self.buffer.release(claim)
+            self.release(claim)
         for _ in range(3):  # an index is put right by who reads it and by the pass, in turns
             self.reconcile()
             list(self.buffer.open_batches())

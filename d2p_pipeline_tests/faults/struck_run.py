@@ -102,6 +102,7 @@ class StruckRun(Struck):
         clock: float = 0,
     ) -> None:
         self.refs = refs
+        self.settings = settings or {}
         self.can_be_killed = bool(point) and blow == signal.SIGKILL and not error
         super().__init__(_flush, [list(refs)], log, point, blow, settings, file_bytes, error, clock)
 

@@ -217,6 +217,10 @@ class _Course:
         """The fault a run or a tick is to suffer."""
         self.next_runs: list[Fault] = []
         self.next_ticks: list[Fault] = []
+        self.pending: list[Fault] = []
+        """Faults that found nothing to strike."""
+        self.untidy: set[BatchRef] = set()
+        """Batches of runs under other settings that were killed."""
         self.suffered: set[Struck] = set()
         """Runs whose leases were ended while they lived: docs/reliability.md says why they are not killed."""
         self.lose_requests = self.double_requests = 0
@@ -244,6 +248,7 @@ class _Course:
                 for fault in self.schedule.faults:
                     if fault.at == step:
                         self.strike(fault, step)
+                self.strike_pending(step)
                 for producer in producers:
                     producer.give_leave(_BATCHES_PER_STEP[type(producer)])
                 self.tick()
@@ -315,10 +320,12 @@ class _Course:
             self.books.struck[fault.kind] += 1
         else:
             queue.append(fault)
+        if struck and fault.kind == "run killed" and isinstance(process, StruckRun) and process.settings:
+            self.untidy.update(process.refs)
 
     def start(self, refs: list[BatchRef]) -> None:
         self.books.runs += 1
-        fault = self.next_runs.pop(0) if self.next_runs else None
+        fault = self.fault_for(refs)
         kind = fault.kind if fault else ""
         blow = signal.SIGSTOP if kind == "run paused" else signal.SIGKILL
         settings: Mapping[str, str] = {}
@@ -343,6 +350,14 @@ class _Course:
         self.runs.append(run)
         if fault:
             self.of_runs[run] = fault
+
+    def fault_for(self, refs: list[BatchRef]) -> Fault | None:
+        """The next fault for a run over batches; only where an earlier attempt left something is there something to tidy up."""
+        for fault in self.next_runs:
+            if fault.kind != "run killed while it tidies up" or self.untidy.intersection(refs):
+                self.next_runs.remove(fault)
+                return fault
+        return None
 
     def let_time_pass(self, buffer: RedisBuffer) -> None:
         """The leases of dead runs end, and their batches are looked at again."""
@@ -371,6 +386,11 @@ class _Course:
             "S3": self.break_s3,
         }[fault.kind.partition(" ")[0]](fault, step + fault.lasts)
 
+    def strike_pending(self, step: int) -> None:
+        pending, self.pending = self.pending, []
+        for fault in pending:
+            self.strike(fault, step)
+
     def strike_run(self, fault: Fault, until: int) -> None:
         match fault.kind:
             case "run request lost":
@@ -391,12 +411,16 @@ class _Course:
         if live:
             live[fault.choice % len(live)].kill()
             self.books.struck[fault.kind] += 1
+        else:
+            self.pending.append(fault)
 
     def lose_leases(self, fault: Fault, until: int) -> None:
         for run in self.runs:
             if not run.can_be_killed and not run.has_ended() and self.end_leases(run):
                 self.suffered.add(run)
                 self.books.struck[fault.kind] += 1
+                return
+        self.pending.append(fault)
 
     def tick_at_once(self, fault: Fault, until: int) -> None:
         self.tick()
@@ -444,8 +468,11 @@ class _Course:
         self.books.struck[fault.kind] += 1
 
     def lose_index(self, fault: Fault, until: int) -> None:
-        index = ["keys", "batches", "recovery"][fault.choice % 3]
-        self.books.struck[fault.kind] += cast(int, self.world.client.delete(index))
+        index = ["keys", "batches"][fault.choice % 2]
+        if self.world.client.delete(index):
+            self.books.struck[fault.kind] += 1
+        else:
+            self.pending.append(fault)
 
     def break_s3(self, fault: Fault, until: int) -> None:
         if fault.kind == "S3 stalls":
@@ -528,6 +555,7 @@ class _Course:
                     self.suffered.add(run)
                     run.resume()
             self.let_time_pass(buffer)
+            self.strike_pending(self.schedule.steps)
             if self.is_at_rest(buffer):
                 break
             time.sleep(0.05)
@@ -543,21 +571,16 @@ class _Course:
         open_batches, recovering = list(buffer.open_batches()), list(buffer.recovering())
         self.sealed |= {batch.id: batch.sealed_at for batch in (*open_batches, *recovering)}
         live = [run for run in self.runs if not run.has_ended()]
-        if not (
-            live
-            or self.ticks
-            or open_batches
-            or recovering
-            or next(buffer.waiting(), None)
-            or self.world.messages_left()
-        ):
+        # The lists are the truth: an index may be lost.
+        lists = next(self.world.client.scan_iter("batch:{*", count=1000), None) or next(buffer.waiting(), None)
+        if not (live or self.ticks or lists or self.world.messages_left()):
             return True
         busy = buffer.claimed([batch.ref for batch in recovering]).union(*(run.refs for run in live))
         if repeat := [batch.ref for batch in recovering if batch.ref not in busy]:
             self.start(repeat)
         free = {batch.ref: 0 for batch in open_batches if batch.ref not in busy}
         buffer.postpone(free)
-        if not self.ticks and (free or next(buffer.waiting(), None)):
+        if not self.ticks and lists and (not live or free):
             self.tick()
         if self.books.struck["Redis clock steps"]:
             buffer.request_flush()  # what began under the other clock is due only when this one is there
