@@ -40,8 +40,8 @@ format: install ## let ruff rewrite the tree
 bench: install ## time the engine against others
 	$(BIN)/python -m benchmarks $(ARGS)
 
-soak: install ## schedules of faults, their books as lines of JSON; ARGS="FIRST COUNT"
-	$(BIN)/python -m d2p_pipeline_tests.faults $(or $(ARGS),1 200)
+soak: install ## schedules of faults, their books as lines of JSON; ARGS="FIRST COUNT", "--real" or "--hours H"
+	$(BIN)/python -m d2p_pipeline_tests.faults $(ARGS)
 
 clean: ## remove the environment and all local state
 	rm -rf .venv .d2p out

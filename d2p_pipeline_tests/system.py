@@ -41,14 +41,18 @@ class System:
         self.root = Path(settings.get("writer_file_path", directory / "out"))
         self.port, self.dagster_port = free_port(), free_port()
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("D2P_", "DAGSTER_"))}
-        environment |= {f"D2P_{name.upper()}": value for name, value in settings.items()}
-        command = [sys.executable, "-m", "d2p_pipeline.cli.main", "up", "--port", str(self.port)]
+        self._environment = environment | {f"D2P_{name.upper()}": value for name, value in settings.items()}
         self.log = directory / f"up-{self.port}.log"
-        with self.log.open("ab") as log:
+        self.start()
+
+    def start(self) -> None:
+        """Start the process; again when it has ended."""
+        command = [sys.executable, "-m", "d2p_pipeline.cli.main", "up", "--port", str(self.port)]
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--dagster-port", str(self.dagster_port)],
-                cwd=directory,
-                env=environment,
+                cwd=self.directory,
+                env=self._environment,
                 stdout=log,
                 stderr=log,
             )

@@ -1,5 +1,6 @@
 """Schedules of faults one after the other: `python -m d2p_pipeline_tests.faults FIRST COUNT`. A line of JSON for each, and the
-totals at the end; `--jobs` of them at a time.
+totals at the end; `--jobs` of them at a time. With `--real` each is a minute of the whole system instead; with `--hours` the
+first alone, for so long, and a report.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import tempfile
 import threading
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,14 +22,38 @@ from d2p_pipeline_tests.faults.world import World
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m d2p_pipeline_tests.faults", description=__doc__)
-    parser.add_argument("first", type=int, help="seed of the first schedule")
-    parser.add_argument("count", type=int, help="how many schedules")
+    parser.add_argument("first", type=int, nargs="?", default=1, help="seed of the first schedule (default: 1)")
+    parser.add_argument("count", type=int, nargs="?", default=200, help="how many schedules (default: 200)")
+    parser.add_argument("--real", action="store_true", help="d2p up as a whole, a minute for each seed")
+    parser.add_argument("--hours", type=float, help="d2p up as a whole under load for so long, and a report")
+    parser.add_argument("--report", type=Path, default=Path("out/soak"), help="directory for it (default: out/soak)")
     parser.add_argument("--jobs", type=int, default=2, help="schedules at a time (default: 2)")
     parser.add_argument("--every", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.hours:
+        return soak(options.first, options.hours * 3600, options.report)
+    if options.real:
+        return sum(soak(seed, REAL_SECONDS) for seed in range(options.first, options.first + options.count)) > 0
     if options.jobs > 1:
         return in_parallel(options.first, options.count, options.jobs)
     return one_by_one(range(options.first, options.first + options.count, options.every))
+
+
+REAL_SECONDS = 60
+
+
+def soak(seed: int, seconds: float, report: Path | None = None) -> int:
+    """The whole system; 1 where its books do not balance."""
+    from d2p_pipeline_tests.faults import real
+
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as directory:
+        course = real.run(seed, seconds, Path(directory), partial(print, file=sys.stderr, flush=True))
+    print(msgspec.json.encode(course.books).decode(), flush=True)
+    if report:
+        from d2p_pipeline_tests.faults.report import write
+
+        print(write(course, report))
+    return not course.books.balance
 
 
 def one_by_one(seeds: range) -> int:
