@@ -1,5 +1,6 @@
 """What the server that processes are forked from has imported and made. Settings that are read at import come from here."""
 
+import gc
 import os
 
 os.environ |= {"D2P_WRITE_RETRIES": "2", "D2P_WRITE_RETRY_DELAY": "0.05"}
@@ -25,3 +26,4 @@ def first() -> None:
 
 
 first.execute_in_process(instance=INSTANCE)
+gc.freeze()  # or each fork copies what its collector looks at

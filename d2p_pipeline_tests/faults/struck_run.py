@@ -151,7 +151,11 @@ def _flush(refs: Sequence[BatchRef]) -> int:
     from d2p_pipeline.definitions import defs
     from d2p_pipeline_tests.faults.preloaded import INSTANCE
 
-    config = {"ops": {"plan_units": {"config": {"batches": [{"key": ref.key, "id": ref.id} for ref in refs]}}}}
+    batches = [{"key": ref.key, "id": ref.id} for ref in refs]
+    config = {
+        "ops": {"plan_units": {"config": {"batches": batches}}},
+        "loggers": {"console": {"config": {"log_level": "INFO"}}},
+    }
     job = defs.resolve_job_def("flush")
     return not job.execute_in_process(instance=INSTANCE, run_config=config, raise_on_error=False).success
 
