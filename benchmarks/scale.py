@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Contender, Cost, run
+from benchmarks.scale_fill import CHUNK
 
 KEYS, DUE, IDLE = 10_000, 1_000, 100_000
 _TICKS = 9
@@ -182,15 +183,15 @@ def _deliver(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _backlog(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """As many records as wanted over some keys, each as the batches of several ticks."""
-    from benchmarks.data import Data
-
+    """As many records as wanted over some keys, each one batch, between two runs of the engine alone."""
     figures: dict[str, Any] = {"records": options.records, "keys": options.keys, "processes": options.processes}
+    engine = [] if options.no_engine else [_convert(directory, options)]
     with _system(directory, buffer_size=10**9, flush_bytes=10**12, max_runs_per_tick=100) as buffer:
-        each = options.records // options.keys
+        each = options.records // options.keys // CHUNK * CHUNK
         for number in range(options.keys):
-            for start in range(0, each, 50_000):
-                _fill(f"key {number}", min(50_000, each - start), start)
+            _fill(f"key {number}", each)
+        with _client(directory) as client:
+            figures["bytes of Redis per record"] = round(client.info("memory")["used_memory"] / each / options.keys)
         buffer.request_flush()
         drain = _drain(options.processes)
         rows = sum(totals.rows for _, totals in buffer.totals())
@@ -201,17 +202,28 @@ def _backlog(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
             "CPU s per 100,000 records": round(drain.cpu / rows * 1e5, 2),
             "largest run, MB": drain.peak // 10**6,
         }
-    if options.no_engine:
-        return figures
+    if engine:
+        # Before and after, since a machine with other work does not stay the same.
+        engine.append(_convert(directory, options))
+        rates = [found.said["records"] / found.wall for found in engine]
+        costs = [found.cpu / found.said["records"] * 1e5 for found in engine]
+        figures["engine alone (d2p convert), records/s, before and after"] = [round(rate) for rate in rates]
+        figures["engine alone, CPU s per 100,000 records"] = [round(cost, 2) for cost in costs]
+        figures["drain ÷ engine"] = round(figures["drained, records/s"] / statistics.mean(rates), 2)
+    return figures
+
+
+def _convert(directory: Path, options: argparse.Namespace) -> Cost:
+    """The engine alone, on a million records at most: ten take ten times as long."""
+    from benchmarks.data import Data
+
     data = Data(min(options.records, 1_000_000), keys=options.keys)
     run(Contender("data", [sys.executable, "-m", "benchmarks.data", *data.arguments]))
     command = [sys.executable, "-m", "d2p_pipeline.cli.main", "convert", str(data.path), "--json"]
     command += ["--jobs", str(options.processes), "--out", str(directory / "converted")]
-    engine = run(Contender("engine", command, records=data.count))
-    assert engine
-    figures["engine alone (d2p convert), records/s"] = round(data.count / engine.wall)
-    figures["drain ÷ engine"] = round(figures["drained, records/s"] / (data.count / engine.wall), 2)
-    return figures
+    cost = run(Contender("engine", command, records=data.count))
+    assert cost
+    return cost
 
 
 def _budget(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -222,8 +234,8 @@ def _budget(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     return cost.said
 
 
-def _fill(key: str, records: int, start: int) -> None:
-    subprocess.run([sys.executable, "-m", "benchmarks.scale_fill", key, str(records), str(start)], check=True)
+def _fill(key: str, records: int) -> None:
+    subprocess.run([sys.executable, "-m", "benchmarks.scale_fill", key, str(records)], check=True)
 
 
 def _drain(processes: int) -> Drain:

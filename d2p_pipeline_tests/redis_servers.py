@@ -23,12 +23,12 @@ class RedisServers:
         self._directory = directory
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
-    def start(self, *options: str, program: tuple[str, ...] = ()) -> int:
-        """Starts a redis-server with options; returns its port."""
+    def start(self, *options: str, program: tuple[str, ...] = (), server: str | None = None) -> int:
+        """Starts a redis-server, or the binary `server`, with options; returns its port."""
         port = free_port()
         directory = self._directory / str(port)
         directory.mkdir()
-        command = [binary(), *program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
+        command = [server or binary(), *program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
         self._processes[port] = subprocess.Popen([*command, str(directory), *options], stdout=subprocess.DEVNULL)
         if "--requirepass" not in options:
             until(lambda: Redis(port=port).ping())

@@ -45,3 +45,23 @@ def test_text_has_no_colors_where_nobody_sees_them(form: logs.Form, capsys: pyte
 def test_details_are_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert "detail" in "\n".join(emit("text", capsys, debug=True))
     assert "detail" not in "\n".join(emit("text", capsys))
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_nothing_that_is_logged_begins_a_line_or_commands_a_terminal(
+    form: logs.Form, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        logs.configure(form, debug=False)
+        try:
+            raise ValueError("cause\n2026-11-21 ERROR forged\x1b[2J")
+        except ValueError:
+            logging.getLogger("d2p.test").exception("key=%s", "a\n2026-11-21 ERROR forged\x1b[2J\ud800")
+    finally:
+        root.handlers[:], root.level = before, level
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert sum("forged" in line for line in said.splitlines()) == (1 if form == "json" else 3)
+    assert not [line for line in said.splitlines() if line.startswith("2026-11-21 ERROR")]

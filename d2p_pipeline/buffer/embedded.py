@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -146,12 +147,25 @@ class EmbeddedRedis:
 
 
 def socket_path(wanted: Path) -> Path:
-    """Where a Unix socket can be: `wanted`, or a name made of it in the temporary directory, as such paths have to be short
-    and, as part of a URL, plain."""
+    """Where a Unix socket can be: `wanted`, or a name made of it in a directory below the temporary one, as such paths have
+    to be short and, as part of a URL, plain. Raises RedisRefusedError."""
     if len(os.fsencode(wanted)) <= _SOCKET_LIMIT and re.fullmatch(r"[\w./~+-]+", str(wanted), re.ASCII):
         return wanted
     digest = hashlib.sha256(os.fsencode(wanted)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"d2p-{os.getuid()}-{digest}.sock"
+    return _own_directory() / f"{digest}.sock"
+
+
+def _own_directory() -> Path:
+    """In the temporary directory, where anybody may have put something under our name. Raises RedisRefusedError."""
+    directory = Path(tempfile.gettempdir()) / f"d2p-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RedisRefusedError(
+            f"{directory} is not a directory of this user alone, so a socket in it could be somebody else's; remove it, "
+            "set TMPDIR, or choose a shorter `home`"
+        )
+    return directory
 
 
 def end_with_parent() -> None:

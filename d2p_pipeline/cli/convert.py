@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2p_pipeline.cli.setup import ConfigFile, check_records, check_store, settings_of
+from d2p_pipeline.logs import plain
 
 if TYPE_CHECKING:
     from d2p_pipeline.ingest.convert import Plan, Summary
@@ -157,6 +158,7 @@ def _rate(summary: "Summary") -> float:
 def _print(summary: "Summary") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False)
     table.add_column()
@@ -171,7 +173,7 @@ def _print(summary: "Summary") -> None:
         table.add_row("dropped", f"{summary.dropped:,}", "by transform")
     table.add_row("dead letters", f"{summary.dead_letters:,}")
     for reason, count in summary.reasons.most_common(SHOWN_REASONS):
-        table.add_row("", f"{count:,}", reason)
+        table.add_row("", f"{count:,}", Text(plain(reason)))
     if others := summary.reasons.most_common()[SHOWN_REASONS:]:
         table.add_row("", f"{sum(count for _, count in others):,}", f"for {len(others)} other reasons")
     table.add_row("files", f"{summary.files:,}", f"{summary.bytes_out / 1e6:,.1f} MB")
@@ -183,12 +185,12 @@ def _complain(summary: "Summary", settings: "Settings") -> None:
     from d2p_pipeline.ingest.convert import DEAD_LETTERS, STDIN
 
     for name, reason in summary.failed.items():
-        typer.echo(f"{'standard input' if name == STDIN else name}: {reason}", err=True)
+        typer.echo(plain(f"{'standard input' if name == STDIN else name}: {reason}"), err=True)
     if summary.dead_letters:
         kept = f"kept in {_root(settings)}/{DEAD_LETTERS}" if settings.use_dlq else "not kept (use_dlq = false)"
         typer.echo(f"{summary.dead_letters:,} records were rejected; they are {kept}.", err=True)
     if summary.stopped:
-        typer.echo(f"Stopped before the end: {summary.stopped}", err=True)
+        typer.echo(f"Stopped before the end: {plain(summary.stopped)}", err=True)
 
 
 def _root(settings: "Settings") -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2p_pipeline.cli.setup import ConfigFile, redis, settings_of
+from d2p_pipeline.logs import plain
 
 if TYPE_CHECKING:
     from d2p_pipeline.dead_letters import DeadLetters, Mend, Outcome, Selection, Stored
@@ -65,14 +66,14 @@ def list_(
 
 def _print(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, header_style="bold")
     for name in rows[0]:
         table.add_column(name, justify="right" if name == "letters" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else escape(value) for value in row.values()))
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else Text(plain(value)) for value in row.values()))
     Console().print(table)
 
 
@@ -117,15 +118,14 @@ def _described(stored: "Stored") -> str:
     facts = [f"received {_moment(letter.received_at)}", f"stage {letter.stage}"]
     facts += [f"batch {letter.batch}"] if letter.batch else []
     facts += [f"in file {stored.file}"] if stored.file else []
-    return "\n".join(
-        [
-            f"{stored.key}: {letter.reason}",
-            f"  {', '.join(facts)}",
-            *(f"  rejected before: {reason}" for reason in reversed(letter.history)),
-            *(f"    {line}" for line in raw.splitlines() or [""]),
-            "",
-        ]
-    )
+    lines = [
+        f"{stored.key}: {letter.reason}",
+        f"  {', '.join(facts)}",
+        *(f"  rejected before: {reason}" for reason in reversed(letter.history)),
+        *(f"    {line}" for line in raw.splitlines() or [""]),
+        "",
+    ]
+    return "\n".join(map(plain, lines))
 
 
 @app.command()
@@ -160,7 +160,7 @@ def replay(
         if outcome.left:
             typer.echo(f"{outcome.left:,} left where they are by {transform}")
         for why, count in outcome.rejected_again.most_common(10):
-            typer.echo(f"{count:,} rejected again: {why}", err=True)
+            typer.echo(f"{count:,} rejected again: {plain(why)}", err=True)
     if outcome.rejected_again:
         raise typer.Exit(1)
 

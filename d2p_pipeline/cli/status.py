@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from d2p_pipeline.cli.setup import ConfigFile, redis, settings_of
+from d2p_pipeline.logs import plain
 
 
 def status(
@@ -31,9 +32,8 @@ def status(
         return
     _print(keys)
     for failure in recovery:
-        typer.echo(
-            f"in recovery: batch {failure['batch']} of {failure['key']!r}, failed {failure['failures']} times: {failure['error']}"
-        )
+        what = f"batch {failure['batch']} of {failure['key']}, failed {failure['failures']} times: {failure['error']}"
+        typer.echo(f"in recovery: {plain(what)}")
 
 
 def _failure(batch: Any) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def _keys(buffer: Any) -> dict[str, dict[str, Any]]:
 def _print(keys: dict[str, dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, header_style="bold")
     table.add_column("key", overflow="fold")
@@ -76,5 +77,5 @@ def _print(keys: dict[str, dict[str, Any]]) -> None:
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for key, entry in keys.items():
-        table.add_row(key, *(f"{entry[column]:,.0f}" for column in columns))
+        table.add_row(Text(plain(key)), *(f"{entry[column]:,.0f}" for column in columns))
     Console().print(table)

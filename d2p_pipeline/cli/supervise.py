@@ -129,7 +129,7 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
         raise StartError("dagster_postgres_url needs the extra postgres: pip install 'd2p-pipeline[postgres]'")
     os.environ["DAGSTER_HOME"] = str(dagster_home(home, postgres=postgres))
     logs = home / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     supervisor = Supervisor(say)
     with contextlib.ExitStack() as stack:
         stack.callback(supervisor.stop_all)
@@ -161,7 +161,7 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
 def dagster_home(home: Path, *, postgres: bool = False) -> Path:
     """The Dagster instance's directory under `home`, with the project's dagster.yaml unless it has one of its own."""
     directory = home / "dagster"
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # events show what records hold
     configuration = directory / "dagster.yaml"
     ours = (files("d2p_pipeline.orchestration") / "dagster.yaml").read_text()
     first_line = ours.partition("\n")[0]

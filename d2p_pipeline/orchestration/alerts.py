@@ -16,6 +16,7 @@ from dagster._core.event_api import RunStatusChangeRecordsFilter
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus as CheckStatus
 
 from d2p_pipeline.buffer.protocol import Buffer
+from d2p_pipeline.logs import plain
 from d2p_pipeline.orchestration.failures import next_attempt
 from d2p_pipeline.orchestration.sensor import parts
 from d2p_pipeline.settings import Settings
@@ -157,7 +158,12 @@ def message(events: Sequence[Event]) -> bytes:
     counts: dict[str, int] = {}
     for event in events:
         counts[event.kind] = counts.get(event.kind, 0) + 1
-    return msgspec.json.encode({"text": "\n".join(lines), "counts": counts, "events": events[:100]})
+    return msgspec.json.encode({"text": "\n".join(map(_shown, lines)), "counts": counts, "events": events[:100]})
+
+
+def _shown(line: str) -> str:
+    """What records brought can neither call people nor link: Slack takes what stands between < and > for that."""
+    return plain(line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def post(url: str, body: bytes) -> str:

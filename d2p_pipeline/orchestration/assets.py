@@ -8,6 +8,7 @@ import dagster as dg
 
 from d2p_pipeline.delivery import Delivered
 from d2p_pipeline.orchestration.keys import PARTITIONS, partition_of
+from d2p_pipeline.orchestration.markdown import code
 
 keys = dg.DynamicPartitionsDefinition(name=PARTITIONS)
 
@@ -67,7 +68,7 @@ def _figures(delivered: Sequence[Delivered], now: int, rows_per_second: float) -
         "rows_per_second": rows_per_second,
         "sealed_by": ", ".join(sorted({part.part.reason for part in delivered})),
         "batches": dg.MetadataValue.md("\n".join(f"- `{batch}`" for batch in _batches(delivered)[:20])),
-        "paths": dg.MetadataValue.md("\n".join(f"- `{file.path}`" for file in files[:20])),
+        "paths": dg.MetadataValue.md("\n".join(f"- {code(file.path)}" for file in files[:20])),
         "preview": dg.MetadataValue.md(_preview(delivered[0].preview)),
     }
     if rejected:
@@ -89,10 +90,6 @@ def _preview(rows: Sequence[dict[str, str]]) -> str:
     if not rows:
         return "no rows"
     columns = list(dict.fromkeys(name for row in rows for name in row))[:_PREVIEW_COLUMNS]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in columns) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(code, columns)) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(code(row.get(name, "")) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("`", "'")

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from d2p_pipeline import wiring
 from d2p_pipeline.dead_letters import DeadLetters, Group, MendError, Outcome, Selection, mending
+from d2p_pipeline.logs import plain
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.orchestration.sensor import parts
@@ -166,7 +167,7 @@ def spill_letters(
     moved = open_letters(delivery_parts, parquet).spill(wiring.spill_limits(delivery_parts.settings))
     context.add_output_metadata({"letters": sum(moved.values()), "keys": len(moved)})
     for key, count in moved.items():
-        context.log.info(f"key={key} {count} dead letters moved to files")
+        context.log.info(plain(f"key={key} {count} dead letters moved to files"))
 
 
 def _tell(context: dg.OpExecutionContext, outcome: Outcome, dry_run: bool) -> None:
@@ -180,7 +181,7 @@ def _tell(context: dg.OpExecutionContext, outcome: Outcome, dry_run: bool) -> No
     context.add_output_metadata({**figures, "dry_run": dry_run})
     context.log.info(f"{'would be: ' if dry_run else ''}{figures}")
     for reason, count in outcome.rejected_again.most_common(10):
-        context.log.warning(f"{count} rejected again: {reason}")
+        context.log.warning(plain(f"{count} rejected again: {reason}"))
 
 
 @dg.job(

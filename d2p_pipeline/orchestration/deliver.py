@@ -6,6 +6,7 @@ import dagster as dg
 
 from d2p_pipeline.buffer.protocol import BatchRef
 from d2p_pipeline.delivery import Delivered
+from d2p_pipeline.logs import plain
 from d2p_pipeline.orchestration.failures import put_into_recovery
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.resources import DeliveryResource
@@ -23,7 +24,7 @@ def deliver(
     planned = parts.plan(refs)
     failed |= planned.refused
     for ref in planned.skipped:
-        context.log.info(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it")
+        context.log.info(plain(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it"))
     for unit in planned.units:
         if all(part.claim.batch in failed for part in unit.parts):
             continue

@@ -16,6 +16,7 @@ import dagster as dg
 from ulid import ULID
 
 from d2p_pipeline.buffer.protocol import Batch, Buffer, BufferUnavailableError, Claim, ClaimLostError
+from d2p_pipeline.logs import plain
 from d2p_pipeline.orchestration.keys import RECOVERY
 from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.parquet.errors import PermanentStoreError
@@ -88,7 +89,7 @@ def put_into_recovery(
         failed = _fail(parts.buffer, parts.settings, claim, _described(error), log)
         parts.leases.drop(claim.batch)
     except BufferUnavailableError as unavailable:
-        log.warning(f"key={key} batch={batch_id} not put into recovery: {unavailable}")
+        log.warning(plain(f"key={key} batch={batch_id} not put into recovery: {unavailable}"))
         return
     if failed:
         instance.add_dynamic_partitions(RECOVERY, [batch_id])
@@ -145,7 +146,7 @@ def _fail(
     if not failures or batch is None:
         return None
     buffer.retry_at(claim.batch, next_attempt(batch, settings))
-    log.error(f"key={batch.key} batch={batch.id} in recovery after failure {failures}: {reason}")
+    log.error(plain(f"key={batch.key} batch={batch.id} in recovery after failure {failures}: {reason}"))
     return batch
 
 

@@ -17,6 +17,7 @@ from ulid import ULID
 
 from d2p_pipeline.buffer.protocol import BatchRef, Buffer, Reason, Seal
 from d2p_pipeline.delivery import Announced, Delivered, Rows, Text, Unit, Written
+from d2p_pipeline.logs import plain
 from d2p_pipeline.orchestration.assets import report_deliveries
 from d2p_pipeline.orchestration.decide import limits_of, why_seal
 from d2p_pipeline.orchestration.deliver import deliver
@@ -57,9 +58,9 @@ def plan_units(
         refs = seal_now(delivery_parts.buffer, config.keys, config.reason)
     planned = delivery_parts.plan(refs)
     for error in planned.refused.values():
-        context.log.error(str(error))
+        context.log.error(plain(error))
     for ref in planned.skipped:
-        context.log.info(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it")
+        context.log.info(plain(f"key={ref.key} batch={ref.id} skipped: delivered already, or another run holds it"))
     context.log.info(f"{len(refs)} batches, {len(planned.units)} units")
     for number, unit in enumerate(planned.units):
         yield dg.DynamicOutput(unit, mapping_key=f"{number:05}")  # Dagster runs them in the order of their names
@@ -87,9 +88,8 @@ def validate_records(context: dg.OpExecutionContext, text: Text, delivery_parts:
             key, batch = part.claim.batch
             kept = "" if delivery_parts.settings.use_dlq else " and not kept (use_dlq = false)"
             found = "; ".join(f"{count} × {reason}" for reason, count in reasons(letters).most_common(10))
-            context.log.warning(
-                f"key={key} batch={batch} unit={part.number} {len(letters)} records rejected{kept}: {found}"
-            )
+            what = f"key={key} batch={batch} unit={part.number} {len(letters)} records rejected{kept}: {found}"
+            context.log.warning(plain(what))
     return rows
 
 

@@ -11,6 +11,7 @@ from d2p_pipeline import wiring
 from d2p_pipeline.delivery import Announced, Written
 from d2p_pipeline.orchestration.failures import no_retry_if_permanent
 from d2p_pipeline.orchestration.keys import key_of
+from d2p_pipeline.orchestration.markdown import code
 from d2p_pipeline.parquet.layout import capability_prefix
 from d2p_pipeline.parquet.store import Store
 from d2p_pipeline.settings import load
@@ -59,7 +60,7 @@ class ParquetIOManager(dg.ConfigurableIOManager):
                 "files": len(written),
                 "dagster/row_count": sum(file.rows for file in written),
                 "bytes": sum(file.size for file in written),
-                "paths": dg.MetadataValue.md("\n".join(f"- `{file.path}`" for file in written[:20])),
+                "paths": dg.MetadataValue.md("\n".join(f"- {code(file.path)}" for file in written[:20])),
             }
         )
 

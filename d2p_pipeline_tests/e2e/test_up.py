@@ -1,5 +1,6 @@
 """The whole system as users start it: `d2p up` with real processes, from the HTTP request to the Parquet file."""
 
+import contextlib
 import io
 import json
 import os
@@ -21,13 +22,23 @@ from d2p_pipeline_tests.fixtures.s3 import REGION, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
 from d2p_pipeline_tests.pipeline import line
-from d2p_pipeline_tests.system import Start, until
+from d2p_pipeline_tests.system import Start, System, free_port, until
 
 pytestmark = pytest.mark.timeout(600)
 
 
+SECRET = "swordfish"
+SECRETS = {
+    "use_hmac": "true",
+    "hmac_key": f"hmac-{SECRET}",
+    "forward_shared_key": f"shared-{SECRET}",
+    "alert_webhook_url": f"http://127.0.0.1:1/{SECRET}",
+}
+
+
 def test_a_posted_record_is_in_a_file_and_in_the_ui_and_survives_a_restart(start: Start) -> None:
-    system = start(flush_interval="3600").wait()
+    system = start(flush_interval="3600", forward_port=str(free_port()), **SECRETS).wait()
+    assert {address for address, _ in listening(system.process.pid)} == {"127.0.0.1"}
     system.post(line("payments", "first"))
     assert httpx.post(f"http://127.0.0.1:{system.port}/flush/").status_code == 202
     until(lambda: system.messages() == ["first"])
@@ -48,6 +59,7 @@ def test_a_posted_record_is_in_a_file_and_in_the_ui_and_survives_a_restart(start
     [materialization] = asset["assetMaterializations"]
     figures = {entry["label"]: entry.get("intValue") for entry in materialization["metadataEntries"]}
     assert (materialization["partition"], figures["dagster/row_count"]) == ("payments", 1)
+    secrets_are_nowhere(system)
 
     assert httpx.post(f"http://127.0.0.1:{system.port}/healthcheck/").status_code == 405
     system.post(line("payments", "second"))
@@ -57,6 +69,42 @@ def test_a_posted_record_is_in_a_file_and_in_the_ui_and_survives_a_restart(start
     again = start(flush_interval="1").wait()
     until(lambda: again.messages() == ["first", "second"])
     assert again.stop() == 0
+
+
+def secrets_are_nowhere(system: System) -> None:
+    """Neither in what Dagster tells and stores, nor in logs, nor where `ps` looks; and no op's value was pickled."""
+    told = system.graphql(
+        """{instance {info} runsOrError {... on Runs {results {runConfigYaml tags {key value}
+            eventConnection {events {... on MessageEvent {message}}}}}}
+            topLevelResourceDetailsOrError(resourceSelector: {repositoryName: "__repository__",
+            repositoryLocationName: "d2p", resourceName: "delivery_parts"}) {
+            ... on ResourceDetails {configuredValues {value}}}}"""
+    )
+    assert "payments" in str(told)
+    assert SECRET not in str(told)
+    home = system.directory / ".d2p"
+    for file in (path for path in home.rglob("*") if path.is_file()):
+        assert SECRET.encode() not in file.read_bytes(), file
+    assert SECRET not in system.log.read_text()
+    for private in ("dagster", "logs", "redis"):
+        assert (home / private).stat().st_mode & 0o077 == 0
+    assert not [path for path in (home / "dagster" / "storage").rglob("*") if path.is_file()]
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            assert SECRET.encode() not in process.read_bytes()
+
+
+def listening(process: int) -> set[tuple[str, int]]:
+    """Addresses and ports that a process and what it started listen on."""
+    import psutil
+
+    family = psutil.Process(process)
+    return {
+        (connection.laddr.ip, connection.laddr.port)
+        for one in [family, *family.children(recursive=True)]
+        for connection in one.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
 
 
 def test_two_instances_on_a_redis_that_restarts_write_everything_to_s3_once_and_show_no_secret(
