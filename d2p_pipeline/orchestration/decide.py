@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from d2p_pipeline.buffer.protocol import Batch, BufferState, Reason
 from d2p_pipeline.settings import Settings
 
-BATCHES_PER_RUN = 250
+BATCHES_PER_RUN = 500
 """Bounds a run's configuration, the events it logs and the time its last batch waits for the first."""
 
 
