@@ -81,10 +81,7 @@ def _kind(process: psutil.Process) -> str:
 
 @contextmanager
 def _system(directory: Path) -> Iterator[System]:
-    ports = []
-    for _ in range(2):
-        with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-            ports.append(listener.getsockname()[1])
+    ports = [free_port(), free_port()]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("D2P_", "DAGSTER_"))}
     command = [sys.executable, "-m", "d2p_pipeline.cli.main", "up", "--port", str(ports[0])]
     log = directory / "up.log"
@@ -104,6 +101,11 @@ def _system(directory: Path) -> Iterator[System]:
     finally:
         process.terminate()
         process.wait(120)
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        return listener.getsockname()[1]
 
 
 @dataclass
