@@ -45,7 +45,6 @@ def check_records(settings: Settings) -> None:
 
     Raises SettingsError.
     """
-    from d2p_pipeline.records.transform import TransformError, load
     from d2p_pipeline.settings import Problem, SettingsError
 
     try:
@@ -55,13 +54,21 @@ def check_records(settings: Settings) -> None:
 
             compiled(found)
         if found.transform is not None:
-            load(found.transform)
-    except TransformError as error:
-        raise SettingsError([Problem("transform", repr(error.name), error.reason)]) from error
+            _check_transform(found.transform)
     except OSError as error:
         raise SettingsError([Problem("json_schema_path", str(error.filename), error.strerror or str(error))]) from error
     except ValueError as error:
         raise SettingsError([Problem("records", None, str(error))]) from error
+
+
+def _check_transform(name: str) -> None:
+    from d2p_pipeline.records.transform import TransformError, load
+    from d2p_pipeline.settings import Problem, SettingsError
+
+    try:
+        load(name)
+    except TransformError as error:
+        raise SettingsError([Problem("transform", repr(error.name), error.reason)]) from error
 
 
 def completion(settings: Settings) -> Completion:

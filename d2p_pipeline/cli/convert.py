@@ -1,11 +1,11 @@
 """`d2p convert`: files and standard input into Parquet, without Redis and Dagster."""
 
+import contextlib
 import glob
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from d2p_pipeline.settings import Settings
 
 SHOWN_REASONS = 10
+
+# Bytes of inputs that more than one process is worth its start for.
+_WORTH_WORKERS = 32 << 20
 
 
 def convert(
@@ -44,18 +47,22 @@ def convert(
     the reason. Exit code 1: something was rejected, or an input could not be read to its end; the others are converted.
     """
     names = _names(files)
-    settings = settings_of(config, writer_file_path=out)
-    check_records(settings)
-    if settings.writer_type != "file" or settings.writer_url:
-        check_store(settings)  # after an hour of reading it is late to learn that a right is missing
-    plan = _plan(settings)
-    block_bytes, jobs = _shares(memory_limit, jobs)
+    jobs = jobs or _cores()
 
-    from d2p_pipeline.ingest.convert import convert
+    from d2p_pipeline.ingest.convert import Workers, convert
 
     try:
-        with _progress(names) as advance:
-            summary = convert(names, plan, jobs=jobs, block_bytes=block_bytes, on_progress=advance)
+        with contextlib.ExitStack() as stack:
+            # They get ready while settings are read.
+            workers = stack.enter_context(Workers(jobs)) if jobs > 1 and (_size(names) or 0) >= _WORTH_WORKERS else None
+            settings = settings_of(config, writer_file_path=out)
+            check_records(settings)
+            if settings.writer_type != "file" or settings.writer_url:
+                check_store(settings)  # after an hour of reading it is late to learn that a right is missing
+            plan = _plan(settings)
+            block_bytes, jobs = _shares(memory_limit, jobs)
+            advance = stack.enter_context(_progress(names))
+            summary = convert(names, plan, jobs=jobs, block_bytes=block_bytes, on_progress=advance, workers=workers)
     except KeyboardInterrupt:
         typer.echo("Interrupted. Every file there is, is whole; the same command again overwrites them.", err=True)
         raise typer.Exit(130) from None
@@ -83,6 +90,11 @@ def _names(files: list[str] | None) -> list[str]:
     return names
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _plan(settings: "Settings") -> "Plan":
     from d2p_pipeline import wiring
     from d2p_pipeline.ingest.convert import Plan
@@ -106,7 +118,7 @@ def _plan(settings: "Settings") -> "Plan":
         raise typer.Exit(1) from error
 
 
-def _shares(memory_limit: str, jobs: int | None) -> tuple[int, int]:
+def _shares(memory_limit: str, wanted: int) -> tuple[int, int]:
     """Bytes of a block, and how many jobs the limit allows for."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -118,7 +130,6 @@ def _shares(memory_limit: str, jobs: int | None) -> tuple[int, int]:
     except ValidationError as error:
         raise typer.BadParameter(f"{memory_limit!r} is no size such as 2GiB", param_hint="--memory-limit") from error
     block = block_for(limit)
-    wanted = jobs or os.cpu_count() or 1
     allowed = next((count for count in range(wanted, 0, -1) if memory_needed(count, block) <= limit), 0)
     if not allowed:
         raise typer.BadParameter(
@@ -199,7 +210,7 @@ def _root(settings: "Settings") -> str:
     return f"s3://{settings.s3_bucket_name}/{settings.s3_prefix}".rstrip("/")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(names: list[str]) -> Iterator[Callable[[int], None]]:
     """A bar on stderr where somebody sees it; the value is told how many more bytes of the inputs are done."""
     if not sys.stderr.isatty():

@@ -10,7 +10,10 @@ worker that is told nothing more, whatever became of this process, ends after it
 """
 
 import contextlib
+import ctypes
+import importlib
 import io
+import multiprocessing
 import os
 import re
 import stat
@@ -93,8 +96,10 @@ def convert(
     jobs: int = 1,
     block_bytes: int = 16 << 20,
     on_progress: Callable[[int], None] = lambda taken: None,
+    workers: "Workers | None" = None,
 ) -> Summary:
     """Convert the named inputs (`-` is standard input). `on_progress` is told how many more bytes of them are done.
+    `workers`, at least `jobs`, are started here if there are none yet and more than one block is to be converted.
 
     What is wrong with an input is in the summary, and so is what ended the run early; the files of the others are there.
     """
@@ -102,7 +107,7 @@ def convert(
     began = time.monotonic()
     tasks = _tasks(names, plan, block_bytes, summary, ranges=jobs > 1)
     try:
-        with contextlib.closing(_results(tasks, plan, jobs)) as results:
+        with contextlib.closing(_results(tasks, plan, jobs, workers)) as results:
             for task, result in results:
                 _account(summary, task, result)
                 on_progress(task.taken)
@@ -259,14 +264,17 @@ def _digest(block: Block) -> str:
 # --- handing out
 
 
-def _results(tasks: Iterator[_Work], plan: Plan, jobs: int) -> Generator[_Result]:
+def _results(tasks: Iterator[_Work], plan: Plan, jobs: int, workers: "Workers | None") -> Generator[_Result]:
     """The result of every task, as they come; in this process if there is one job or one task only."""
     first = list(islice(tasks, 2 if jobs > 1 else 0))
     work = chain(first, tasks)
-    return _from_workers(work, plan, jobs) if len(first) > 1 else _from_here(work, plan)
+    if len(first) > 1:
+        return _from_workers(work, plan, jobs, workers or Workers(jobs))
+    return _from_here(work, plan)
 
 
 def _from_here(work: Iterator[_Work], plan: Plan) -> Generator[_Result]:
+    _keep_freed_memory()
     told: deque[_Task] = deque()
     with _Converter(plan) as converter:
         for task, text in work:
@@ -277,57 +285,89 @@ def _from_here(work: Iterator[_Work], plan: Plan) -> Generator[_Result]:
             yield told.popleft(), result
 
 
-def _from_workers(work: Iterator[_Work], plan: Plan, jobs: int) -> Generator[_Result]:
-    workers: list[_Worker] = []
-    try:
+def _from_workers(work: Iterator[_Work], plan: Plan, jobs: int, workers: "Workers") -> Generator[_Result]:
+    told: list[_Worker] = []
+    with workers:
         for task, text in work:
-            idle = [worker for worker in workers if not worker.busy]
-            if not idle and len(workers) < jobs:
-                idle = [_Worker(plan)]
-                workers += idle
+            idle = [worker for worker in told if not worker.busy]
+            if not idle and len(told) < jobs:
+                idle = [workers.one(plan)]
+                told += idle
             while not idle:
-                yield from _answers(workers)
-                idle = [worker for worker in workers if not worker.busy]
+                yield from workers.answers(told)
+                idle = [worker for worker in told if not worker.busy]
             idle[0].convert(task, text)
-        while unsettled := [worker for worker in workers if worker.tasks]:
+        while unsettled := [worker for worker in told if worker.tasks]:
             for worker in unsettled:
                 if not worker.busy:
                     worker.settle()
-            yield from _answers(workers)
-    finally:
-        for worker in workers:
-            worker.connection.close()
-        for worker in workers:
-            worker.end()
+            yield from workers.answers(told)
 
 
-def _answers(workers: Sequence["_Worker"]) -> Iterator[_Result]:
-    """Wait until at least one worker answers."""
-    busy = [worker for worker in workers if worker.busy]
-    ready = wait([worker.connection for worker in busy])
-    for worker in busy:
-        if worker.connection in ready and (result := worker.answer()):
-            yield result
+class Workers:
+    """Processes that convert. The first one loads what all of them need, while its caller is busy otherwise; then it forks."""
+
+    def __init__(self, count: int) -> None:
+        ours, theirs = zip(*(Pipe() for _ in range(count)), strict=True)
+        descriptors = [connection.fileno() for connection in theirs]
+        self._connections: list[Connection] = [*ours]
+        self._unused = deque(self._connections)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"import {__name__} as convert; convert.work({descriptors})"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | _ENVIRONMENT,
+            pass_fds=descriptors,
+            # Not that of the terminal: Ctrl-C lets them end their blocks.
+            process_group=0,
+        )
+        for connection in theirs:
+            connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def one(self, plan: Plan) -> "_Worker":
+        """A worker that has nothing to do yet."""
+        return _Worker(self._unused.popleft(), plan)
+
+    def answers(self, told: Sequence["_Worker"]) -> Iterator[_Result]:
+        """Wait until at least one worker answers. WorkerDiedError if it is not there any more."""
+        busy = [worker for worker in told if worker.busy]
+        ready = wait([worker.connection for worker in busy])
+        for worker in busy:
+            if worker.connection not in ready:
+                continue
+            try:
+                result = worker.answer()
+            except (EOFError, ConnectionError):
+                raise WorkerDiedError(worker.tasks[-1].name, self.end()) from None
+            if result:
+                yield result
+
+    def end(self) -> int:
+        """Wait for the end of their blocks and of themselves. The exit code, or minus the signal, of one that failed."""
+        for connection in self._connections:
+            connection.close()
+        code = self._process.wait()
+        return code - _SIGNALLED if code > _SIGNALLED // 2 else code
+
+
+# What is added to the number of a signal, which is negative, to make an exit code of it.
+_SIGNALLED = 256
 
 
 class _Worker:
     """A process that converts one block at a time; what it answers is the result of the block before."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.connection, theirs = Pipe()
+    def __init__(self, connection: Connection, plan: Plan) -> None:
+        self.connection = connection
         self.busy = False
         self.tasks: deque[_Task] = deque()
         """What it was told to convert and has no result of yet."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"import {__name__} as convert; convert.work({theirs.fileno()})"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | _WORKER_ENVIRONMENT,
-            pass_fds=[theirs.fileno()],
-            # Not that of the terminal: Ctrl-C lets it end its block.
-            process_group=0,
-        )
-        theirs.close()
         self._tell(plan)
 
     def convert(self, task: _Task, text: _Text) -> None:
@@ -342,17 +382,10 @@ class _Worker:
         self._tell(None)
 
     def answer(self) -> _Result | None:
-        """What it answers, once its connection has something."""
-        try:
-            result = self.connection.recv()
-        except (EOFError, ConnectionError):
-            raise WorkerDiedError(self.tasks[-1].name, self._process.wait()) from None
+        """What it answers, once its connection has something. EOFError or ConnectionError if it is gone."""
+        result = self.connection.recv()
         self.busy = False
         return (self.tasks.popleft(), result) if result else None
-
-    def end(self) -> None:
-        """Wait for the end of its block and of itself; its connection has to be closed before."""
-        self._process.wait()
 
     def _tell(self, message: Plan | _Task | None, text: _Text | None = None) -> None:
         # A worker that is gone is noticed where its answer is waited for.
@@ -362,26 +395,66 @@ class _Worker:
                 self.connection.send_bytes(text)
 
 
-# Freed memory stays with the worker, for its next block; giving it back and getting it anew takes a tenth of the time.
-_WORKER_ENVIRONMENT = {
+# Freed memory stays with the process, for its next block; giving it back and getting it anew takes a tenth of the time.
+_MMAP_THRESHOLD = 32 << 20
+_TRIM_THRESHOLD = 1 << 30
+_ENVIRONMENT = {
     "POLARS_MAX_THREADS": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD),
+    "MALLOC_TRIM_THRESHOLD_": str(_TRIM_THRESHOLD),
 }
 
 
-def work(descriptor: int) -> None:
-    """What a worker does, until nobody is there any more to tell it more. Errors that are no result end it."""
-    connection = Connection(descriptor)
-    with contextlib.suppress(EOFError, ConnectionError), _Converter(connection.recv()) as converter:
+def _keep_freed_memory() -> None:
+    """What `_ENVIRONMENT` does, for a process that runs already; nothing where the C library is not glibc."""
+    for name in ("POLARS_MAX_THREADS", "ARROW_DEFAULT_MEMORY_POOL"):
+        os.environ.setdefault(name, _ENVIRONMENT[name])
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def work(descriptors: Sequence[int]) -> None:
+    """What the first process of `Workers` does: load everything, then be one worker for each of the descriptors."""
+    _load()
+    connections = [Connection(descriptor) for descriptor in descriptors]
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_work, args=(own, connections)) for own in connections]
+    for worker in workers:
+        worker.start()
+    for connection in connections:
+        connection.close()
+    for worker in workers:
+        worker.join()
+    codes = [worker.exitcode or 0 for worker in workers]
+    sys.exit(next((code % _SIGNALLED for code in codes if code), 0))
+
+
+def _work(own: Connection, connections: Sequence[Connection]) -> None:
+    """Convert until nobody is there any more to tell what. Errors that are no result end the process."""
+    for other in connections:
+        if other is not own:
+            other.close()
+    with contextlib.suppress(EOFError, ConnectionError), _Converter(own.recv()) as converter:
         while True:
-            task = connection.recv()
+            task = own.recv()
             if task is None:
-                connection.send(converter.settle())
+                own.send(converter.settle())
             else:
-                text = connection.recv_bytes() if task.offset is None else b""
-                connection.send(converter.convert(task, text))
+                text = own.recv_bytes() if task.offset is None else b""
+                own.send(converter.convert(task, text))
+
+
+def _load() -> None:
+    """Import what `_convert` does, to fork afterwards."""
+    ours = ("records.parse", "records.validate", "records.transform", "records.sign", "parquet.encode")
+    for name in (*(f"d2p_pipeline.{name}" for name in ours), "pyarrow.parquet"):
+        importlib.import_module(name)
 
 
 # --- converting

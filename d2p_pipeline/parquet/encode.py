@@ -1,20 +1,22 @@
 """Tables become Parquet: split by partition, then encoded in memory.
 
 The same table, encoding and metadata give the same bytes, so that a replay overwrites a file with itself. Schema and field
-ids are the table's (records/fields.py); the Arrow schema is not stored beside Parquet's own.
+ids are the table's (records/fields.py); the Arrow schema is not stored beside Parquet's own. Processes that know an
+`Encoding` and encode nothing do without Polars and pyarrow: these are imported where they are used.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
 
-from d2p_pipeline.records.place import places
-from d2p_pipeline.records.rules import Rules
+    from d2p_pipeline.records.rules import Rules
 
 Compression = Literal["snappy", "zstd", "gzip", "none"]
 
@@ -39,6 +41,8 @@ def split(table: pa.Table, rules: Rules, ingested_at: int | None = None) -> list
     With `ingested_at` (ms since the epoch) all rows belong to that hour instead. Partitions come in the order of their
     first rows, rows keep their order; where partitions lie one after the other already, nothing is copied.
     """
+    import polars as pl
+
     if not table.num_rows:
         return []
     labels = _labels(table, rules, ingested_at).with_row_index()
@@ -55,6 +59,9 @@ def split(table: pa.Table, rules: Rules, ingested_at: int | None = None) -> list
 
 def encode(table: pa.Table, encoding: Encoding, metadata: Mapping[str, str]) -> pa.Buffer:
     """A Parquet file, with `metadata` as the footer's key-value pairs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
@@ -75,6 +82,10 @@ def encode(table: pa.Table, encoding: Encoding, metadata: Mapping[str, str]) -> 
 
 def _labels(table: pa.Table, rules: Rules, ingested_at: int | None) -> pl.DataFrame:
     """Key and hour (since the epoch) of every row."""
+    import polars as pl
+
+    from d2p_pipeline.records.place import places
+
     frame = places(table, rules)
     if ingested_at is None:
         hour = pl.col("time").to_physical() // _HOUR[rules.timestamp_unit]
