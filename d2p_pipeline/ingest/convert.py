@@ -11,6 +11,7 @@ worker that is told nothing more, whatever became of this process, ends after it
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import io
 import multiprocessing
@@ -275,6 +276,7 @@ def _results(tasks: Iterator[_Work], plan: Plan, jobs: int, workers: "Workers | 
 
 def _from_here(work: Iterator[_Work], plan: Plan) -> Generator[_Result]:
     _keep_freed_memory()
+    _load()
     told: deque[_Task] = deque()
     with _Converter(plan) as converter:
         for task, text in work:
@@ -455,6 +457,8 @@ def _load() -> None:
     ours = ("records.parse", "records.validate", "records.transform", "records.sign", "parquet.encode")
     for name in (*(f"d2p_pipeline.{name}" for name in ours), "pyarrow.parquet"):
         importlib.import_module(name)
+    # What is there now stays: neither is it looked through again and again, nor copied for it after a fork.
+    gc.freeze()
 
 
 # --- converting

@@ -274,9 +274,6 @@ class _Parser:
             if not table.num_rows:
                 return fresh
             table = pa.concat_tables([table, fresh])
-        else:
-            # As many pieces as before, where runs of rows would be many: each costs something in every later step.
-            return table.filter(pa.array([number not in gone for number in numbers], pa.bool_()))
         return _rows_of(table, list(_runs(numbers, list(mended), gone)))
 
     def _flush(self) -> None:
@@ -429,7 +426,8 @@ def _runs(numbers: Sequence[int], mended: Sequence[int], gone: Iterable[int]) ->
 
 
 def _rows_of(table: pa.Table, runs: list[tuple[int, int]]) -> pa.Table:
-    """The rows of these runs: without a copy where they are long."""
+    """The rows of these runs, in one piece: each piece would cost something in every later step."""
     if len(runs) * _FEW > table.num_rows:
         return table.take(pa.array(chain.from_iterable(range(at, at + length) for at, length in runs), pa.int64()))
-    return pa.concat_tables([table.slice(at, length) for at, length in runs]) if runs else table.slice(0, 0)
+    pieces = [table.slice(at, length) for at, length in runs]
+    return pa.concat_tables(pieces).combine_chunks() if runs else table.slice(0, 0)
