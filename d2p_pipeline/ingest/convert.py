@@ -120,7 +120,7 @@ def convert(
 
 def block_for(memory_limit: int) -> int:
     """Bytes of a block. They depend on the limit alone: so do the files, whatever the number of jobs."""
-    return min(max(memory_limit // 64, 1 << 20), 32 << 20)
+    return min(max(memory_limit // 40, 1 << 20), 32 << 20)
 
 
 def memory_needed(jobs: int, block_bytes: int) -> int:
@@ -584,7 +584,10 @@ def _read(task: _Task) -> bytes:
 
 def _within(text: bytes, limit: int) -> tuple[bytes, list[bytes]]:
     """The lines of at most `limit` bytes, and the others."""
-    if len(text) <= limit:
+    start = 0
+    while start + limit < len(text) and (start := text.rfind(b"\n", start, start + limit + 1) + 1):
+        continue
+    if start or len(text) <= limit:  # newlines all along
         return text, []
     lines = text.split(b"\n")
     long = [line for line in lines if len(line) > limit]
