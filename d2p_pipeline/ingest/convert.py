@@ -2,11 +2,13 @@
 
     cut       this process reads the inputs and cuts them into blocks (documents.py)
     name      a block's batch id is the hash of its content, its unit how many equal blocks came before it in this run
-    convert   worker processes parse, validate, encode and write, with the same functions as a Dagster run
+    convert   workers parse, validate, encode and write, with the same functions as a Dagster run
 
 Blocks never span inputs, and names come from content, so that converting an input again, alone or among others, overwrites
-its own files. A worker has one block at a time and one more is cut, so `memory_needed` is enough for inputs of any size. A
-worker that is told nothing more, whatever became of this process, ends after its block: no file is left partial.
+its own files. A worker has one block at a time and one more is cut, so `memory_needed` is enough for inputs of any size.
+Workers are processes, forked from one that has imported everything: a library takes only its own worker down, and what is
+decided in Python, record by record, has all cores too. A worker that is told nothing more, whatever became of this process,
+ends after its block: no file is left partial.
 """
 
 import contextlib
@@ -120,7 +122,7 @@ def convert(
 
 def block_for(memory_limit: int) -> int:
     """Bytes of a block. They depend on the limit alone: so do the files, whatever the number of jobs."""
-    return min(max(memory_limit // 40, 1 << 20), 32 << 20)
+    return min(max(memory_limit // 48, 1 << 20), 32 << 20)
 
 
 def memory_needed(jobs: int, block_bytes: int) -> int:
@@ -275,8 +277,7 @@ def _results(tasks: Iterator[_Work], plan: Plan, jobs: int, workers: "Workers | 
 
 
 def _from_here(work: Iterator[_Work], plan: Plan) -> Generator[_Result]:
-    _keep_freed_memory()
-    _load()
+    _get_ready()
     told: deque[_Task] = deque()
     with _Converter(plan) as converter:
         for task, text in work:
@@ -318,7 +319,7 @@ class Workers:
             [sys.executable, "-P", "-c", f"import {__name__} as convert; convert.work({descriptors})"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=os.environ | _ENVIRONMENT,
+            env=os.environ | {"POLARS_MAX_THREADS": "1"},
             pass_fds=descriptors,
             # Not that of the terminal: Ctrl-C lets them end their blocks.
             process_group=0,
@@ -397,33 +398,10 @@ class _Worker:
                 self.connection.send_bytes(text)
 
 
-# Freed memory stays with the process, for its next block; giving it back and getting it anew takes a tenth of the time.
-_MMAP_THRESHOLD = 32 << 20
-_TRIM_THRESHOLD = 1 << 30
-_ENVIRONMENT = {
-    "POLARS_MAX_THREADS": "1",
-    "ARROW_DEFAULT_MEMORY_POOL": "system",
-    "MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD),
-    "MALLOC_TRIM_THRESHOLD_": str(_TRIM_THRESHOLD),
-}
-
-
-def _keep_freed_memory() -> None:
-    """What `_ENVIRONMENT` does, for a process that runs already; nothing where the C library is not glibc."""
-    for name in ("POLARS_MAX_THREADS", "ARROW_DEFAULT_MEMORY_POOL"):
-        os.environ.setdefault(name, _ENVIRONMENT[name])
-    with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
-        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
 def work(descriptors: Sequence[int]) -> None:
-    """What the first process of `Workers` does: load everything, then be one worker for each of the descriptors."""
-    _load()
+    """What the first process of `Workers` does: load everything, then fork a worker for each of the descriptors."""
+    _get_ready()
+    gc.freeze()  # what is there now stays: it need neither be looked through, nor copied for that
     connections = [Connection(descriptor) for descriptor in descriptors]
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_work, args=(own, connections)) for own in connections]
@@ -452,13 +430,25 @@ def _work(own: Connection, connections: Sequence[Connection]) -> None:
                 own.send(converter.convert(task, text))
 
 
-def _load() -> None:
-    """Import what `_convert` does, to fork afterwards."""
+def _get_ready() -> None:
+    """Import what `_convert` does, and keep memory that was freed for the next block: giving it back and getting it anew takes
+    a tenth of the time."""
+    gc.disable()  # nothing of what is imported is garbage
     ours = ("records.parse", "records.validate", "records.transform", "records.sign", "parquet.encode")
     for name in (*(f"d2p_pipeline.{name}" for name in ours), "pyarrow.parquet"):
         importlib.import_module(name)
-    # What is there now stays: neither is it looked through again and again, nor copied for it after a fork.
-    gc.freeze()
+    gc.enable()
+
+    import pyarrow as pa
+
+    pa.set_memory_pool(pa.system_memory_pool())
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 # --- converting

@@ -18,7 +18,7 @@ from d2p_pipeline.ingest.convert import block_for
 from d2p_pipeline.ingest.generator import generate
 
 D2P = [sys.executable, "-m", "d2p_pipeline.cli.main"]
-LIMIT = 400 << 20
+LIMIT = 384 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +133,22 @@ def test_jobs_that_memory_is_too_little_for_are_left_out() -> None:
     assert "of 50 jobs" in result.stderr
 
 
+def test_workers_that_are_started_at_once_convert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2p_pipeline.cli.convert._WORTH_WORKERS", 0)
+    names = [put(f"{name}.ndjson", list(generate(100, seed=seed))) for seed, name in enumerate("abc")]
+    result = run(*names, "--jobs", 2)
+    assert result.exit_code == 0, result.output
+    assert rows() == 300
+
+
+def test_workers_that_were_started_at_once_end_when_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2p_pipeline.cli.convert._WORTH_WORKERS", 0)
+    name = put("a.ndjson", list(generate(100)))
+    monkeypatch.setenv("D2P_RECORD_TYPE", "binary")
+    assert run(name, "--jobs", 2).exit_code == 2
+    assert children(os.getpid()) == []
+
+
 def test_a_root_that_cannot_be_written_exits_1_and_says_so() -> None:
     put("out", [b"a file"])
     result = run(put("a.ndjson", list(generate(10))), "--jobs", 1)
@@ -180,6 +196,10 @@ def midway(*arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
         yield process
 
 
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def assert_whole() -> None:
     assert temporary_files() == []
     files = list(Path("out").rglob("*.parquet"))
@@ -211,10 +231,11 @@ def test_workers_end_with_whole_files_when_what_started_them_is_killed(number: s
 
 def test_a_worker_that_is_killed_ends_the_run_with_exit_code_1() -> None:
     with midway("--jobs", "2") as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for child in children:
-            os.kill(int(child), signal.SIGKILL)
+        [loader] = children(process.pid)
+        workers = children(loader)
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
         out, errors = process.communicate()
-    assert len(children) == 2
+    assert len(workers) == 2
     assert process.returncode == 1, (out, errors)
     assert b"signal 9" in errors
