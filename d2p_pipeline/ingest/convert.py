@@ -284,7 +284,7 @@ def _from_here(work: Iterator[_Work], plan: Plan) -> Generator[_Result]:
             told.append(task)
             if result := converter.convert(task, text):
                 yield told.popleft(), result
-        if result := converter.settle():
+        while result := converter.settle():
             yield told.popleft(), result
 
 
@@ -292,17 +292,16 @@ def _from_workers(work: Iterator[_Work], plan: Plan, jobs: int, workers: "Worker
     told: list[_Worker] = []
     with workers:
         for task, text in work:
-            idle = [worker for worker in told if not worker.busy]
-            if not idle and len(told) < jobs:
-                idle = [workers.one(plan)]
-                told += idle
-            while not idle:
+            # A task that is only named lies ready while the one before it is done; a text would keep this process waiting.
+            most = 1 if task.offset is None else 2
+            if len(told) < jobs and all(worker.asked for worker in told):
+                told.append(workers.one(plan))
+            while (least := min(told, key=lambda worker: worker.asked)).asked >= most:
                 yield from workers.answers(told)
-                idle = [worker for worker in told if not worker.busy]
-            idle[0].convert(task, text)
+            least.convert(task, text)
         while unsettled := [worker for worker in told if worker.tasks]:
             for worker in unsettled:
-                if not worker.busy:
+                if not worker.asked:
                     worker.settle()
             yield from workers.answers(told)
 
@@ -339,7 +338,7 @@ class Workers:
 
     def answers(self, told: Sequence["_Worker"]) -> Iterator[_Result]:
         """Wait until at least one worker answers. WorkerDiedError if it is not there any more."""
-        busy = [worker for worker in told if worker.busy]
+        busy = [worker for worker in told if worker.asked]
         ready = wait([worker.connection for worker in busy])
         for worker in busy:
             if worker.connection not in ready:
@@ -364,30 +363,31 @@ _SIGNALLED = 256
 
 
 class _Worker:
-    """A process that converts one block at a time; what it answers is the result of the block before."""
+    """A process that converts one block after the other; what it answers is the result of an earlier one, or None."""
 
     def __init__(self, connection: Connection, plan: Plan) -> None:
         self.connection = connection
-        self.busy = False
+        self.asked = 0
+        """Answers to come."""
         self.tasks: deque[_Task] = deque()
         """What it was told to convert and has no result of yet."""
         self._tell(plan)
 
     def convert(self, task: _Task, text: _Text) -> None:
         """Hand it a block."""
-        self.busy = True
+        self.asked += 1
         self.tasks.append(task)
         self._tell(task, text if task.offset is None else None)
 
     def settle(self) -> None:
-        """Ask for the last result."""
-        self.busy = True
+        """Ask for the next result."""
+        self.asked += 1
         self._tell(None)
 
     def answer(self) -> _Result | None:
         """What it answers, once its connection has something. EOFError or ConnectionError if it is gone."""
         result = self.connection.recv()
-        self.busy = False
+        self.asked -= 1
         return (self.tasks.popleft(), result) if result else None
 
     def _tell(self, message: Plan | _Task | None, text: _Text | None = None) -> None:
@@ -412,7 +412,8 @@ def work(descriptors: Sequence[int]) -> None:
     for worker in workers:
         worker.join()
     codes = [worker.exitcode or 0 for worker in workers]
-    sys.exit(next((code % _SIGNALLED for code in codes if code), 0))
+    # At once, as forked processes end: somebody waits for it, and there is nothing to clean up.
+    os._exit(next((code % _SIGNALLED for code in codes if code), 0))
 
 
 def _work(own: Connection, connections: Sequence[Connection]) -> None:
@@ -455,14 +456,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class _Converter:
-    """Converts block after block. While one is converted the files of the one before become durable, which is waiting."""
+    """Converts block after block. While one is converted the files of some before become durable, which is waiting."""
 
     def __init__(self, plan: Plan) -> None:
         from d2p_pipeline.records.shape import Shapes
 
         self._plan = plan
         self._writers = ThreadPoolExecutor(_WRITERS)
-        self._last: tuple[_Outcome | _Failure, list[Future[None]]] | None = None
+        self._unsettled: deque[tuple[_Outcome | _Failure, list[Future[None]]]] = deque()
+        self._unsettled_size = 0
         self._shapes = Shapes()
 
     def __enter__(self) -> Self:
@@ -472,7 +474,7 @@ class _Converter:
         self._writers.shutdown()
 
     def convert(self, task: _Task, text: _Text) -> _Outcome | _Failure | None:
-        """Convert a block; the result is that of the block before."""
+        """Convert a block; the result is that of an earlier one, the first whose files were not known to be durable."""
         from d2p_pipeline.records.transform import TransformError
 
         writes: list[Future[None]] = []
@@ -482,15 +484,16 @@ class _Converter:
             result = _Failure(str(error), fatal=False)
         except TransformError as error:
             result = _Failure(str(error), fatal=True)
-        before = self.settle()
-        self._last = result, writes
-        return before
+        self._unsettled.append((result, writes))
+        self._unsettled_size += _size(result)
+        return self.settle() if self._unsettled_size >= _UNSETTLED else None
 
     def settle(self) -> _Outcome | _Failure | None:
-        """The result of the last block, when its files are durable."""
-        if self._last is None:
+        """The result of the next block, when its files are durable; None if that is known of all."""
+        if not self._unsettled:
             return None
-        (result, writes), self._last = self._last, None
+        result, writes = self._unsettled.popleft()
+        self._unsettled_size -= _size(result)
         try:
             for write in writes:
                 write.result()
@@ -503,6 +506,14 @@ class _Converter:
     def _write(self, path: str, data: "Buffer") -> Future[None]:
         return self._writers.submit(self._plan.store.write, path, data)
 
+
+def _size(result: _Outcome | _Failure) -> int:
+    """A failure is as large as anything, so that it becomes known soon."""
+    return result.size if isinstance(result, _Outcome) else _UNSETTLED
+
+
+# Bytes of files that become durable while further blocks are converted: a disk takes longer for one than for another.
+_UNSETTLED = 24 << 20
 
 # Files written at a time: a file costs little but waiting for the disk, and disks wait for several at once.
 _WRITERS = 8
