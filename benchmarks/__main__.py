@@ -12,8 +12,9 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +51,7 @@ def main() -> None:
         del os.environ[name]
     # An installed program has its bytecode; without it, half a second of each run would be compiling what is imported.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    groups: list[Group] = []
+    suites: dict[str, Group] = {}
     alone: dict[str, dict[str, float]] = {}
     for name in options.only or [*SUITES, "alone"]:
         if name == "alone":
@@ -58,10 +59,14 @@ def main() -> None:
             _print_alone(alone, options.json)
         else:
             group = SUITES[name](options)
-            groups.append(group)
+            suites[name] = group
             _print(group, options.json)
+    targets = [target for target in TARGETS if target.suite in suites]
+    _print_targets([(target, target.measured(suites[target.suite])) for target in targets], options.json)
     if options.json:
-        described = [asdict(group) | {"ratios": {name: group.ratios(name) for name in group.costs}} for group in groups]
+        described = [
+            asdict(group) | {"ratios": {name: group.ratios(name) for name in group.costs}} for group in suites.values()
+        ]
         print(json.dumps({"cores": CORES, "runs": options.runs, "groups": described, "alone": alone}, indent=2))
 
 
@@ -176,7 +181,42 @@ SUITES: dict[str, Callable[[Options], Group]] = {
 }
 
 
+@dataclass(frozen=True)
+class Target:
+    """What one contender may cost: at most `most` of what another one does, or, without another one, MB of memory."""
+
+    suite: str
+    name: str
+    of: str | None
+    cost: Literal["wall", "cpu", "peak"]
+    most: float
+
+    def measured(self, group: Group) -> float | None:
+        """The ratio or the MB; None where something is not installed."""
+        cost, other = group.costs[self.name], group.costs[self.of or self.name]
+        if not cost or not other:
+            return None
+        return getattr(cost, self.cost) / getattr(other, self.cost) if self.of else cost.peak / 1e6
+
+
+TARGETS = [
+    Target("convert", "d2p convert, 2 jobs", "duckdb, 2 threads", "wall", 1.0),
+    Target("convert", "d2p convert, 1 job", "bare", "cpu", 1.3),
+    Target("variants", "1 % bad", "all canonical", "cpu", 1.1),
+    Target("variants", "one unknown field in every record", "all canonical", "cpu", 2.0),
+    Target("profile", "d2p convert, 1 job", "bare", "cpu", 1.3),
+    Target("profile", "d2p convert, 2 jobs", "d2p convert, on one core", "wall", 0.6),
+    Target("profile", "d2p convert, 1 job", None, "peak", 500),
+    Target("profile", "d2p convert, 2 jobs", None, "peak", 500),
+    Target("flush", "flush", "d2p convert, 1 job", "wall", 1 / 0.7),
+]
+
+
 # --- contenders
+
+
+def _on_one_core(contender: Contender) -> Contender:
+    return replace(contender, command=["taskset", "--cpu-list", "0", *contender.command])
 
 
 def _d2p(name: str, data: Data, *, jobs: int) -> Contender:
@@ -229,6 +269,16 @@ def _print(group: Group, as_json: bool) -> None:
         )
         rows.append((name, *numbers, *(f"{ratio:.2f}" for ratio in ratios or ())))
     _table(group.title, columns, rows, as_json)
+
+
+def _print_targets(measured: Sequence[tuple[Target, float | None]], as_json: bool) -> None:
+    rows: list[tuple[str, ...]] = []
+    for target, value in measured:
+        what = f"{target.cost} ÷ {target.of}" if target.of else "MB"
+        shown = "not measured" if value is None else f"{value:.2f}" if target.of else f"{value:.0f}"
+        met = "" if value is None else "yes" if value <= target.most else "no"
+        rows.append((target.suite, target.name, what, shown, f"{target.most:.3g}", met))
+    _table("Targets", ("", "", "measured", "at most", "met"), rows, as_json)
 
 
 def _print_alone(alone: dict[str, dict[str, float]], as_json: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 NOT_INSTALLED = 3
 """Exit code of a contender whose library is not there."""
 
-_LOOK = 0.02  # seconds between two looks at the memory of a process's children
+_LOOK = 0.05  # seconds between two looks at the memory of a process and its children
 
 
 class ContenderError(Exception):
@@ -72,12 +72,11 @@ def run(contender: Contender) -> Cost | None:
         os.sync()
         began = time.monotonic()
         process = subprocess.Popen(contender.command, env=os.environ | contender.environment, stdout=out, stderr=errors)
-        children = _Children(process.pid)
+        watch = _Together(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.monotonic() - began
         process.returncode = code = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss * 1024
-        together = children.stop()
+        together = watch.stop()
         if code == NOT_INSTALLED:
             return None
         if code not in contender.exit_codes:
@@ -88,7 +87,7 @@ def run(contender: Contender) -> Cost | None:
     said = json.loads(printed) if printed[:1] == b"{" else {}
     if contender.records is not None and said.get("records") != contender.records:
         raise ContenderError(contender.name, code, f"it took {said.get('records')} of {contender.records} records")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, max(peak, together), said)
+    return Cost(wall, usage.ru_utime + usage.ru_stime, together or usage.ru_maxrss * 1024, said)
 
 
 def _median(costs: Sequence[Cost]) -> Cost:
@@ -101,12 +100,12 @@ def _median(costs: Sequence[Cost]) -> Cost:
     )
 
 
-class _Children:
-    """The peaks of a process and its children added up, which is at least what they took together."""
+class _Together:
+    """The most memory that a process and all below it took at one time; what they share is counted once."""
 
     def __init__(self, process: int) -> None:
         self._process = process
-        self._peaks: dict[int, int] = {}
+        self._peak = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -114,16 +113,26 @@ class _Children:
     def stop(self) -> int:
         self._ended.set()
         self._thread.join()
-        return sum(self._peaks.values())
+        return self._peak
 
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK):
-            try:
-                children = Path(f"/proc/{self._process}/task/{self._process}/children").read_text()
-                for process in (self._process, *map(int, children.split())):
-                    status = Path(f"/proc/{process}/status").read_text()
-                    _, _, found = status.partition("VmHWM:")
-                    if found:
-                        self._peaks[process] = int(found.split()[0]) * 1024
-            except OSError:
-                continue  # one of them has ended, or this is not Linux: wait4 tells the peak of the largest
+            self._peak = max(self._peak, sum(_proportional(process) for process in _family(self._process)))
+
+
+def _family(process: int) -> list[int]:
+    """A process and all below it; nothing where this is not Linux."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text()
+    except OSError:
+        return []
+    return [process, *(one for child in children.split() for one in _family(int(child)))]
+
+
+def _proportional(process: int) -> int:
+    """Bytes of memory, shared ones divided by those that share them; nothing once it has ended."""
+    try:
+        told = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return int(told.partition("Pss:")[2].split()[0]) * 1024 if "Pss:" in told else 0
