@@ -205,7 +205,7 @@ TARGETS = [
     Target("variants", "1 % bad", "all canonical", "cpu", 1.1),
     Target("variants", "one unknown field in every record", "all canonical", "cpu", 2.0),
     Target("profile", "d2p convert, 1 job", "bare", "cpu", 1.3),
-    Target("profile", "d2p convert, 2 jobs", "d2p convert, on one core", "wall", 0.6),
+    Target("profile", "d2p convert, 2 jobs", "d2p convert, one core", "wall", 0.6),
     Target("profile", "d2p convert, 1 job", None, "peak", 500),
     Target("profile", "d2p convert, 2 jobs", None, "peak", 500),
     Target("flush", "flush", "d2p convert, 1 job", "wall", 1 / 0.7),

@@ -38,7 +38,7 @@ from d2p_pipeline.records.shape import Shapes, joined, shape_of
 # Text decoded at once: enough that the cost per call does not show, little enough to repeat for one bad line.
 _BLOCK = 4 << 20
 # Plain text decoded before it is checked: enough that the accounting's cost per call does not show.
-_BULK = 16 << 20
+_BULK = 32 << 20
 _WORTH = 64 << 10
 # One in so many lines left open is no reason to look for another shape, nor to copy all others.
 _FEW = 20
