@@ -36,6 +36,7 @@ def _drain(directory: Path, workers: int, records: int, keys: int) -> tuple[floa
     import psutil
 
     from benchmarks.end_to_end import free_port
+    from benchmarks.scale_fill import CHUNK
     from d2p_pipeline import wiring
     from d2p_pipeline.buffer.embedded import EmbeddedRedis
     from d2p_pipeline.settings import load
@@ -64,16 +65,21 @@ def _drain(directory: Path, workers: int, records: int, keys: int) -> tuple[floa
             )
             for number in range(workers)
         ]
-        for number in range(keys):
-            fill = [sys.executable, "-m", "benchmarks.scale_fill", f"key {number}", str(records // keys)]
-            subprocess.run(fill, check=True)
         buffer, _ = wiring.open_buffer(load())
+
+        def drained(each: int) -> float:
+            waiting = sum(totals.rows for _, totals in buffer.totals()) + each * keys
+            for number in range(keys):
+                subprocess.run([sys.executable, "-m", "benchmarks.scale_fill", f"key {number}", str(each)], check=True)
+            buffer.request_flush()
+            began = time.monotonic()
+            while sum(totals.rows for _, totals in buffer.totals()) < waiting:
+                time.sleep(0.2)
+            return time.monotonic() - began
+
+        drained(CHUNK)  # workers that have done something are warm
         before = _cpu(processes)
-        buffer.request_flush()
-        began = time.monotonic()
-        while sum(totals.rows for _, totals in buffer.totals()) < records // keys * keys:
-            time.sleep(0.2)
-        return time.monotonic() - began, _cpu(processes) - before
+        return drained(records // keys // CHUNK * CHUNK), _cpu(processes) - before
 
 
 def _cpu(processes: list[Any]) -> float:

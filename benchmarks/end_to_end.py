@@ -184,13 +184,16 @@ def _measured(system: System, keys: int, *, flood: bool) -> dict[str, Any]:
         return loads[-1].run()
 
     figures: dict[str, Any] = {"keys": keys, "load average of the machine": round(os.getloadavg()[0], 1)}
+    base = client.info("memory")["used_memory"]
     # The first third fills what waits; then as much comes as is delivered.
     load(SECONDS / 3, None, 4)
     before, began = _rows(buffer), time.monotonic()
     load(SECONDS, None, 4)
     sustained = (_rows(buffer) - before) / (time.monotonic() - began)
     figures["sustained, records/s"] = round(sustained)
-    figures["Redis bytes per waiting record"] = round(client.info("memory")["used_memory"] / max(1, _waiting(buffer)))
+    waiting = max(1, _waiting(buffer))
+    figures["waiting then"] = waiting
+    figures["Redis bytes for each of them"] = round((client.info("memory")["used_memory"] - base) / waiting)
     _settle(buffer)
     half = load(SECONDS, sustained / 2, 4)
     figures["at half of it: lag p50, p95, p99, most (s)"] = _lags(system, half, buffer)

@@ -8,6 +8,8 @@ import os
 broker_url = result_backend = os.environ["CELERY_REDIS_URL"]
 result_expires = 86400
 task_track_started = True
+# A worker takes a run when it has a process for it; else runs wait behind others here while another worker is idle.
+worker_disable_prefetch = True
 worker_prefetch_multiplier = 1
 # A process that has served that many runs makes place for a fresh one.
 worker_max_tasks_per_child = 500
