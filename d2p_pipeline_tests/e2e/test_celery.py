@@ -1,5 +1,6 @@
 """Runs as Celery tasks, with the files of deploy/celery: two workers, one run killed, one stuck, one terminated; nothing lost."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from d2p_pipeline_tests.system import System, until
 
 pytest.importorskip("dagster_celery", reason="the extra celery is not installed")
 
+pytestmark = pytest.mark.timeout(600)
+
 DEPLOY = Path(__file__).parents[2] / "deploy" / "celery"
 
 
@@ -28,7 +31,15 @@ def gate(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def system(tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[System]:
+def workers() -> list["subprocess.Popen[bytes]"]:
+    """Filled by `system`."""
+    return []
+
+
+@pytest.fixture
+def system(
+    tmp_path: Path, gate: Path, workers: list["subprocess.Popen[bytes]"], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[System]:
     """`d2p up` with Celery's launcher, and two workers of two processes each."""
     with EmbeddedRedis(tmp_path / "redis", durable=False) as server:
         home = tmp_path / "home" / "dagster"
@@ -51,14 +62,15 @@ def system(tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         }
         system = System(tmp_path, **settings)
         environment = os.environ | {f"D2P_{name.upper()}": value for name, value in settings.items()}
-        workers = [start_worker(name, tmp_path, environment) for name in ("one", "two")]
+        workers += [start_worker(name, tmp_path, environment) for name in ("one", "two")]
         try:
             yield system.wait()
         finally:
             gate.unlink(missing_ok=True)
             system.stop()
             for worker in workers:
-                os.killpg(worker.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
                 worker.wait()
 
 
@@ -74,6 +86,10 @@ def arrived(gate: Path) -> dict[str, int]:
     return {key: int(process) for key, _, process in (path.name.rpartition("-") for path in gate.parent.glob("k*-*"))}
 
 
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().split()[3])
+
+
 def runs_of(system: System, key: str) -> list[dict[str, str]]:
     """Newest first."""
     runs = f'runsOrError(filter: {{tags: [{{key: "d2p/key", value: "{key}"}}]}})'
@@ -81,8 +97,8 @@ def runs_of(system: System, key: str) -> list[dict[str, str]]:
     return found["runsOrError"]["results"]
 
 
-def test_what_a_killed_a_stuck_and_a_terminated_run_held_is_delivered_once_by_others(
-    system: System, gate: Path, tmp_path: Path
+def test_what_a_killed_a_stuck_and_a_terminated_run_and_a_killed_worker_held_is_delivered_once_by_others(
+    system: System, workers: list["subprocess.Popen[bytes]"], gate: Path, tmp_path: Path
 ) -> None:
     keys = ["k-killed", "k-stuck", "k-terminated", "k-fine"]
     for key in keys:
@@ -90,7 +106,7 @@ def test_what_a_killed_a_stuck_and_a_terminated_run_held_is_delivered_once_by_ot
     # Four runs at once, in the processes of two workers.
     held = until(lambda: (found := arrived(gate)).keys() == set(keys) and found)
     assert len(set(held.values())) == 4
-    parents = {Path(f"/proc/{process}/stat").read_text().split()[3] for process in held.values()}
+    parents = {parent_of(process) for process in held.values()}
     assert len(parents) == 2
     os.kill(held["k-killed"], signal.SIGKILL)
     os.kill(held["k-stuck"], signal.SIGSTOP)
@@ -100,10 +116,21 @@ def test_what_a_killed_a_stuck_and_a_terminated_run_held_is_delivered_once_by_ot
     until(lambda: runs_of(system, "k-terminated")[-1]["status"] in ("CANCELED", "FAILURE"))
     gate.unlink()
     messages = sorted(f"{key} {number}" for key in keys for number in (1, 2))
-    until(lambda: system.messages() == messages, 150)
+    until(lambda: system.messages() == messages)
     os.kill(held["k-stuck"], signal.SIGCONT)  # it comes too late, and may change nothing
     with Redis.from_url(f"unix://{tmp_path / 'redis' / 'redis.sock'}") as client:
         until(lambda: not client.zcard("batches"))
         rows = [int(client.hget(f"totals:{{{key}}}", "rows") or 0) for key in keys]
     assert rows == [2, 2, 2, 2]
     assert system.messages() == messages
+
+    gate.touch()
+    keys = [f"k-again-{number}" for number in range(4)]
+    for key in keys:
+        system.post(line(key, f"{key} 1"), line(key, f"{key} 2"))
+    held = until(lambda: (found := arrived(gate)).keys() >= set(keys) and {key: found[key] for key in keys})
+    assert {parent_of(process) for process in held.values()} == {worker.pid for worker in workers}
+    os.killpg(workers[1].pid, signal.SIGKILL)  # all of it, as when its host is gone
+    gate.unlink()
+    messages += [f"{key} {number}" for key in keys for number in (1, 2)]
+    until(lambda: system.messages() == sorted(messages))
