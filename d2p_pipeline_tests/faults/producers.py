@@ -104,7 +104,11 @@ class Producer(threading.Thread):
         self._leave.release()
         self.join(60)
         assert not self.is_alive()
+        self.close()
         return self.account
+
+    def close(self) -> None:
+        """Let go of connections."""
 
 
 class HttpProducer(Producer):
@@ -114,6 +118,9 @@ class HttpProducer(Producer):
         super().__init__(name, seed)
         self._urls = urls
         self._http = httpx.Client(timeout=5, trust_env=False)
+
+    def close(self) -> None:
+        self._http.close()
 
     def send(self, name: str, body: bytes, key: str) -> str:
         outcome, deadline = "refused", time.monotonic() + REPEAT_SECONDS
@@ -140,6 +147,9 @@ class PushProducer(Producer):
     def __init__(self, name: str, seed: int, redis_url: str) -> None:
         super().__init__(name, seed)
         self._client = Redis.from_url(redis_url, socket_timeout=5, retry=Retry(NoBackoff(), 0))
+
+    def close(self) -> None:
+        self._client.close()
 
     def send(self, name: str, body: bytes, key: str) -> str:
         try:
