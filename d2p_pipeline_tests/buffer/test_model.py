@@ -44,7 +44,7 @@ KEYS = st.sampled_from(["a", "b"])
 LEASE = 60_000
 UNIT_BYTES = [40, 25, 40, 60]
 """By variant; a few records, so that batches have several units."""
-OVERTAKING = [(0, 2, 0), (0, 3, 0), (2, 0, 2), (3, 1, 3), (0, 1, 0), (0, 1, 3), (1, 2, 3)]
+OVERTAKING = [(0, 2, 0), (0, 3, 0), (2, 0, 2), (3, 1, 3), (0, 1, 0), (2, 0, 1), (3, 1, 0)]
 """Variants of attempts at one batch: names and contents that come again after others, or not."""
 CHANGES = [
     "push", "request_flush", "seal", "postpone", "reconcile", "retry_at",
@@ -209,7 +209,7 @@ class Machine(RuleBasedStateMachine):
         key=KEYS,
         count=st.integers(3, 9),
         variants=st.sampled_from(OVERTAKING),
-        steps=st.tuples(*[st.integers(0, 4)] * 3),
+        steps=st.tuples(*[st.integers(0, 3)] * 3),
         order=st.permutations(range(3)),
     )
     def attempts_overtake_each_other(
