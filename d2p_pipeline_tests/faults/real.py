@@ -141,16 +141,11 @@ class _Run:
 
     def run(self, seconds: float) -> Course:
         watching = threading.Thread(target=self.watch, daemon=True)
-        striking = threading.Thread(target=self.strike, daemon=True)
-        for thread in (*self.producers, watching, striking):
+        for thread in (*self.producers, watching, threading.Thread(target=self.pace, daemon=True)):
             thread.start()
-        while self.now < seconds:
-            for producer in self.producers:
-                producer.give_leave(BATCHES_PER_SECOND[type(producer)])
-            assert watching.is_alive() and striking.is_alive(), "see above"
-            time.sleep(1)
+        # Not in a thread: what that starts would end with it.
+        self.strike(seconds)
         self.ending.set()
-        striking.join()
         accounts = [producer.stop() for producer in self.producers]
         self.wait_for_rest()
         watching.join()
@@ -161,6 +156,11 @@ class _Run:
         books.balance_with(accounts, batches_of(files, self.sealed), letters_of(self.buffer))
         self.buffer.close()
         return self.course
+
+    def pace(self) -> None:
+        while not self.ending.wait(1):
+            for producer in self.producers:
+                producer.give_leave(BATCHES_PER_SECOND[type(producer)])
 
     def wait_for_rest(self) -> None:
         deadline = time.monotonic() + SETTLE_SECONDS
@@ -176,11 +176,12 @@ class _Run:
 
     # -- faults
 
-    def strike(self) -> None:
-        while not self.ending.wait(self.random.uniform(*GAP_SECONDS)):
+    def strike(self, seconds: float) -> None:
+        while self.now < seconds:
+            time.sleep(self.random.uniform(*GAP_SECONDS))
             kind, deadline = self.random.choice(KINDS), self.now + PATIENCE_SECONDS
-            while not (struck := self.strike_one(kind)) and self.now < deadline and not self.ending.wait(0.1):
-                pass
+            while not (struck := self.strike_one(kind)) and self.now < deadline:
+                time.sleep(0.1)
             if struck:
                 self.course.faults.append((round(self.now, 1), kind))
                 self.say(f"{self.now:7.1f} s  {kind}")
