@@ -34,9 +34,9 @@ PROCESSES = {
     "receiver": "cli.main receive",
     "listener": "cli.main forward",
     "webserver": "dagster_webserver",
-    "run": "execute_run",
+    "run": "spawn_main",
 }
-"""What a process is, by its command line."""
+"""What a process is, by its command line; a run is a child of the code server."""
 KINDS = [
     *(f"{name} {what}" for name in ("daemon", "code server", "receiver", "listener") for what in ("killed", "paused")),
     *("run killed", "run killed", "run paused", "Redis killed", "Redis paused", "Redis full", "everything killed"),
@@ -112,7 +112,8 @@ class RealSystem:
             while above and above != self.up.process.pid:
                 above = parents.get(above, 0)
             line = _command(pid) if above else ""
-            if name := next((name for name, part in PROCESSES.items() if part in line), ""):
+            name = next((name for name, part in PROCESSES.items() if part in line), "")
+            if name and (name != "run" or PROCESSES["code server"] in _command(parents[pid])):
                 yield name, pid
 
     def close(self) -> None:
