@@ -56,11 +56,15 @@ class RunningReceiver:
                 pass
         raise AssertionError(f"the receiver did not come up: {self.log.read_text()}")
 
-    def kill(self) -> None:
-        """End it and its workers by SIGKILL, all at once."""
+    def strike(self, number: int) -> None:
+        """Send a signal to it and its workers, all at once."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         for process in (self.process.pid, *map(int, children)):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
+
+    def kill(self) -> None:
+        """End it and its workers by SIGKILL."""
+        self.strike(signal.SIGKILL)
         self.client.close()
         self.process.wait(60)
 

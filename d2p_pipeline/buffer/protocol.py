@@ -167,6 +167,14 @@ class BufferUnavailableError(Exception):
     """The buffer does not answer, or refuses to work; what was asked may or may not have happened, and may be asked again."""
 
 
+class ForeignValueError(Exception):
+    """Another program's value has a name of ours; nothing of this push was stored."""
+
+
+class PartlyStoredError(Exception):
+    """On a Cluster, where keys are stored one by one: some pushes were stored, others refused."""
+
+
 class Buffer(Protocol):
     """Buffers, batches and dead letters of all keys."""
 
@@ -175,7 +183,7 @@ class Buffer(Protocol):
         ...
 
     def push(self, pushes: Sequence[Push]) -> None:
-        """Store all of `pushes`; raise `BufferFullError` with nothing stored."""
+        """Store all of `pushes`; raise `BufferFullError` or `ForeignValueError` with nothing stored."""
         ...
 
     def check_writable(self) -> None:

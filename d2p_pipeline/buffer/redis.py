@@ -24,7 +24,9 @@ from d2p_pipeline.buffer.protocol import (
     Claim,
     ClaimLostError,
     Deliveries,
+    ForeignValueError,
     NewerFormatError,
+    PartlyStoredError,
     Push,
     Seal,
     State,
@@ -59,19 +61,14 @@ class RedisBuffer:
         return int(seconds) * 1000 + int(micros) // 1000
 
     def push(self, pushes: Sequence[Push]) -> None:
-        of = self._names.of
-        replies = self._run(
-            [
-                Call(
-                    "push",
-                    [of(name, push.key) for name in (self._names.data, "stats", self._names.dlq, "totals")]
-                    + [of("pushed", push.key, push.id)],
-                    [push.window, push.records, push.size, push.chunk, push.rejected, *push.dead_letters],
-                )
-                for push in pushes
-            ],
-            atomic=True,
-        )
+        # One script for all, so that it is all or nothing; of a Cluster each touches one slot.
+        together = [[push] for push in pushes] if self._server.is_cluster else [list(pushes)] if pushes else []
+        try:
+            replies = list(chain.from_iterable(self._run([self._push_of(some) for some in together])))
+        except ForeignValueError as error:
+            if len(together) > 1:
+                raise PartlyStoredError(str(error)) from error
+            raise
         full = {
             push.key
             for push, (records, size, _) in zip(pushes, replies, strict=True)
@@ -80,6 +77,15 @@ class RedisBuffer:
         begun = {push.key for push, (_, _, fresh) in zip(pushes, replies, strict=True) if fresh} - full
         looks = dict.fromkeys(full, 0) | (dict.fromkeys(begun, self.now()) if begun else {})
         self._schedule(self._names.keys, looks)
+
+    def _push_of(self, pushes: Sequence[Push]) -> Call:
+        of, keys, args = self._names.of, list[bytes | str](), list[Any]()
+        for push in pushes:
+            keys += [of(name, push.key) for name in (self._names.data, "stats", self._names.dlq, "totals")]
+            keys.append(of("pushed", push.key, push.id))
+            args += [push.window, push.records, push.size, push.chunk, push.rejected, len(push.dead_letters)]
+            args += push.dead_letters
+        return Call("push", keys, args)
 
     def _fills(self, push: Push, records: int, size: int) -> bool:
         """Whether it was this push that filled the buffer."""

@@ -22,7 +22,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from d2p_pipeline.buffer.protocol import BufferFullError, BufferUnavailableError
+from d2p_pipeline.buffer.protocol import BufferFullError, BufferUnavailableError, ForeignValueError
 
 Client = Redis | RedisCluster
 _T = TypeVar("_T")
@@ -49,7 +49,7 @@ class Server:
 
     def __init__(self, client: Client) -> None:
         self._client: Any = client  # redis-py's annotations are too loose to check against
-        self._cluster = isinstance(client, RedisCluster)
+        self.is_cluster = isinstance(client, RedisCluster)
         self._shas: dict[str, str] = {}
         self._cursors: dict[str, int | None] = {}
         self.walked = False
@@ -59,26 +59,25 @@ class Server:
         """The reply to one command."""
         return self.run([Call(command, None, args)])[0]
 
-    def run(self, calls: Sequence[Call], *, atomic: bool = False, errors: bool = False) -> list[Any]:
-        """Send calls, a page in one round trip; `atomic`: all of them, all or nothing where they share a server;
-        `errors`: return them."""
-        if not atomic and len(calls) > PAGE:
+    def run(self, calls: Sequence[Call], *, errors: bool = False) -> list[Any]:
+        """Send calls, a page in one round trip; `errors`: return them."""
+        if len(calls) > PAGE:
             return [reply for page in pages(calls) for reply in self.run(page, errors=errors)]
         if not calls:
             return []
-        replies = _translated(lambda: self._send(calls, atomic))
+        replies = _translated(lambda: self._send(calls))
         if any(isinstance(reply, NoScriptError) for reply in replies):
             self._load()
-            replies = _translated(lambda: self._send(calls, atomic))
+            replies = _translated(lambda: self._send(calls))
         for reply in replies:
             if isinstance(reply, Exception) and not errors:
                 raise _translate(reply) from reply
         return replies
 
-    def _send(self, calls: Sequence[Call], atomic: bool) -> list[Any]:
+    def _send(self, calls: Sequence[Call]) -> list[Any]:
         if not self._shas:
             self._load()
-        pipe = self._client.pipeline(transaction=atomic and not self._cluster)
+        pipe = self._client.pipeline(transaction=False)
         for call in calls:
             if call.keys is None:
                 pipe.execute_command(*call.name.split(" "), *call.args)
@@ -97,7 +96,7 @@ class Server:
 
     def walk_lists(self) -> Iterator[list[bytes]]:
         """Pages of the names of lists, from where the last call stopped to the end of the last node's names."""
-        nodes: list[Any] = self._client.get_primaries() if self._cluster else [None]
+        nodes: list[Any] = self._client.get_primaries() if self.is_cluster else [None]
         for node in nodes:
             place = node.name if node else ""
             options = {"target_nodes": node} if node else {}
@@ -113,7 +112,7 @@ class Server:
     def _scan(self, cursor: int, options: dict[str, Any]) -> tuple[int, list[bytes]]:
         after, names = _translated(lambda: self._client.scan(cursor, count=_STEP, _type="list", **options))
         # A Cluster's client tells the cursor by node, and one node was asked.
-        return (next(iter(after.values())) if self._cluster else after), names
+        return (next(iter(after.values())) if self.is_cluster else after), names
 
     def close(self) -> None:
         self._client.close()
@@ -137,6 +136,9 @@ def _translate(error: Exception) -> Exception:
     # Inside a script or a transaction the error arrives as text.
     if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM command" in str(error)):
         return BufferFullError("Redis is out of memory (maxmemory reached); nothing was stored, try again later")
+    if "FOREIGN " in str(error):
+        found = str(error).partition("FOREIGN ")[2]
+        return ForeignValueError(f"in Redis {found}: another program wrote it; delete or rename it there")
     if isinstance(error, _UNAVAILABLE) or "MISCONF" in str(error):
         return BufferUnavailableError(f"Redis does not take the request: {error}")
     return error

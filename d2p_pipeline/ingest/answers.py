@@ -21,6 +21,7 @@ Refusal = Literal[
     "key_full",
     "buffer_full",
     "buffer_unavailable",
+    "foreign_value",
     "defect",
 ]
 

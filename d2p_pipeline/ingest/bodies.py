@@ -17,6 +17,9 @@ from d2p_pipeline.ingest import fluent
 SNIFFED = 1024
 """Bytes in which a body's form shows."""
 
+MOST_COMMAS = 4 << 20
+"""Commas a document may have. Each may separate elements, and each element takes some 73 bytes of memory, however short."""
+
 _LOGS = re.compile(rb'\s*\{\s*"logs"\s*:\s*\[')
 _INDENTED = re.compile(rb"\s*\{[ \t\r]*\n")
 _BOM = b"\xef\xbb\xbf"
@@ -45,9 +48,11 @@ def records(body: bytes) -> Iterable[bytes]:
     body = body.removeprefix(_BOM)
     start = body[:SNIFFED].lstrip()[:1]
     if start == b"[":
+        _check_commas(body)
         return map(bytes, _decode(_array, body))
     if start == b"{":
         if _LOGS.match(body):
+            _check_commas(body)
             try:
                 return map(bytes, _logs.decode(body).logs)
             except (msgspec.DecodeError, RecursionError):
@@ -57,6 +62,11 @@ def records(body: bytes) -> Iterable[bytes]:
         except (msgspec.DecodeError, RecursionError):
             pass  # more than one line, or a malformed one
     return [line for line in body.split(b"\n") if line and not line.isspace()]
+
+
+def _check_commas(body: bytes) -> None:
+    if (found := body.count(b",")) > MOST_COMMAS:
+        raise BodyError(f"the JSON array has {found} commas, more than {MOST_COMMAS}; send NDJSON, or smaller arrays")
 
 
 def _decode(decoder: "msgspec.json.Decoder[list[msgspec.Raw]]", body: bytes) -> list[msgspec.Raw]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from d2p_pipeline.buffer.protocol import Buffer, Push
+from d2p_pipeline.buffer.protocol import Buffer, ForeignValueError, Push
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.dead_letter import DeadLetter, log_unkept
 
@@ -166,16 +166,13 @@ class GroupCommit:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         commit = loop.run_in_executor(self._thread, self._commit, [request for request, _ in group])
-        try:
-            outcome = await commit
-        except Exception as error:  # noqa: BLE001  # it is everybody's who waits
-            outcome = error
+        outcomes = await commit
         self._seconds = time.perf_counter() - started
-        self._observe(len(group), self._seconds, outcome is not None)
-        for request, done in group:
-            if outcome is None and self._pressure:
+        self._observe(len(group), self._seconds, any(outcomes))
+        for (request, done), error in zip(group, outcomes, strict=True):
+            if error is None and self._pressure:
                 self._pressure.added(request)
-            done(outcome)
+            done(error)
         self._running = None
         self._concurrency = max(len(group) + len(self._waiting), self._concurrency * 0.8)
         if self._waiting:
@@ -189,13 +186,21 @@ class GroupCommit:
             size += group[-1][0].size
         return group
 
-    def _commit(self, requests: Sequence[Request]) -> None:
+    def _commit(self, requests: Sequence[Request]) -> list[Exception | None]:
+        """Store requests; what became of each."""
         name = f"{self._producer}-{next(self._sequence)}"
-        self._buffer.push(list(pushes(requests, name, self._window, keep_dead_letters=self._keep_dead_letters)))
+        try:
+            self._buffer.push(list(pushes(requests, name, self._window, keep_dead_letters=self._keep_dead_letters)))
+        except ForeignValueError as error:
+            # Nothing was stored, and most requests have no part in it.
+            return [error] if len(requests) == 1 else [self._commit([request])[0] for request in requests]
+        except Exception as error:  # noqa: BLE001  # it is everybody's who waits
+            return [error] * len(requests)
         if not self._keep_dead_letters:
             for request in requests:
                 for key, letters in request.dead_letters.items():
                     log_unkept(key, letters)
+        return [None] * len(requests)
 
     async def close(self) -> None:
         """Finish what waits."""

@@ -77,7 +77,10 @@ def unpacker(size: int) -> msgpack.Unpacker:
 
 
 def events(packed: bytes) -> Iterator[Event | Misfit]:
-    """The events of a stream; from where it cannot be read on, one misfit with the rest."""
+    """The events of a stream; from where it cannot be read on, one misfit with the rest.
+
+    An event is decoded when its end is found: what it claims of its length is not believed before.
+    """
     stream = unpacker(len(packed))
     stream.feed(packed)
     start = 0
@@ -85,9 +88,10 @@ def events(packed: bytes) -> Iterator[Event | Misfit]:
     def following() -> Iterator[tuple[Any, bytes]]:
         nonlocal start
         while start < len(packed):
-            value = stream.unpack()
+            stream.skip()
             end = stream.tell()
-            yield value, packed[start:end]
+            raw = packed[start:end]
+            yield msgpack.unpackb(raw, **_READING), raw
             start = end
 
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from d2p_pipeline.buffer.protocol import Buffer, BufferFullError, BufferUnavailableError
+from d2p_pipeline.buffer.protocol import Buffer, BufferFullError, BufferUnavailableError, ForeignValueError
 from d2p_pipeline.ingest import openapi
 from d2p_pipeline.ingest.admission import Admission, Name
 from d2p_pipeline.ingest.answers import Answer, HttpError
@@ -289,6 +289,9 @@ def _refusal(error: Exception) -> Answer:
         case BufferUnavailableError():
             log.error("request not stored: %s", error)
             return Answer(503, {"error": str(error)}, (("retry-after", "1"),), "buffer_unavailable")
+        case ForeignValueError():
+            log.error("request not stored: %s", error)
+            return Answer(500, {"error": str(error)}, refusal="foreign_value")
         case _:
             log.error("request not stored", exc_info=error)
             return Answer(500, {"error": f"{type(error).__name__}: nothing is known of the request"}, refusal="defect")

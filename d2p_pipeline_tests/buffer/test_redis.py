@@ -17,6 +17,7 @@ from d2p_pipeline.buffer.protocol import (
     BufferFullError,
     BufferUnavailableError,
     Claim,
+    ForeignValueError,
     Push,
     Seal,
     Totals,
@@ -64,6 +65,19 @@ def test_a_reply_lost_after_any_step_changes_nothing(redis_client: Redis, proxy:
     assert dict(buffer.totals()) == {"k": Totals(2, 1, 2)}
     assert not buffer.is_claimed(REF)
     assert list(buffer.waiting()) == []
+
+
+@pytest.mark.parametrize("name", ["data:{k}", "stats:{k}", "dlq:{k}", "totals:{k}"])
+def test_where_another_programs_value_has_a_name_of_ours_nothing_is_stored(
+    redis_client: Redis, redis_buffer: RedisBuffer, name: str
+) -> None:
+    redis_client.set(name, "theirs")
+    with pytest.raises(ForeignValueError, match=f"{name} is a string"):
+        redis_buffer.push([Push("other", "1", 60, b"chunk", 1, 5), CHUNK])
+    assert redis_client.keys() == [name.encode()]
+    redis_client.delete(name)
+    redis_buffer.push([Push("other", "1", 60, b"chunk", 1, 5), CHUNK])
+    assert dict(redis_buffer.totals()) == {"other": Totals(1, 0, 0), "k": Totals(2, 0, 1)}
 
 
 def test_a_server_that_forgot_the_scripts_gets_them_again(redis_client: Redis, redis_buffer: RedisBuffer) -> None:

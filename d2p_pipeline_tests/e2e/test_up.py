@@ -18,6 +18,7 @@ from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Seal
 from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.ingest import forward_sender
 from d2p_pipeline_tests.fixtures.s3 import REGION, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
@@ -66,8 +67,10 @@ def test_a_posted_record_is_in_a_file_and_in_the_ui_and_survives_a_restart(start
     assert system.stop(signal.SIGTERM) == 0, system.log.read_text()
     assert "1 records wait in Redis" in system.log.read_text()
 
-    again = start(flush_interval="1").wait()
-    until(lambda: again.messages() == ["first", "second"])
+    forward_port = free_port()
+    again = start(flush_interval="1", forward_port=str(forward_port)).wait()
+    forward_sender.send([line("payments", "third")], f"127.0.0.1:{forward_port}")
+    until(lambda: again.messages() == ["first", "second", "third"])
     assert again.stop() == 0
 
 

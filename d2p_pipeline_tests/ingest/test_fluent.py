@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -84,6 +85,18 @@ def test_where_a_stream_breaks_off_the_rest_is_kept() -> None:
         assert isinstance(event, Event)
         assert isinstance(misfit, Misfit)
         assert misfit.raw == rest
+
+
+def test_what_lies_about_its_length_takes_no_memory() -> None:
+    lies = (b"\xdd" + (1 << 20).to_bytes(4)) * 50 + bytes(1 << 20)
+    tracemalloc.start()
+    try:
+        [found] = events(lies)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(found, Misfit)
+    assert peak < 10 * len(lies)
 
 
 def test_the_records_of_a_group_get_its_attributes_and_no_other_does() -> None:

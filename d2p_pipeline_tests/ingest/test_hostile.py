@@ -36,7 +36,7 @@ SECONDS = 60
 @pytest.fixture(scope="module")
 def guarded(start_receiver: StartReceiver) -> RunningReceiver:
     return start_receiver(
-        max_body_bytes=str(8 * MIB),
+        max_body_bytes=str(9 * MIB),
         max_record_bytes=str(MIB),
         header_timeout="1",
         body_timeout="1",
@@ -99,6 +99,7 @@ HOSTILE: list[Body] = [
     ("an array nested without end", lambda: b"[" * (8 * MIB), {}, 400),
     ("a short array nested without end", lambda: b"[" * 100_000, {}, 400),
     ("logs nested without end", lambda: b'{"logs":[' + b"[" * MIB, {}, 202),
+    ("an array of millions of nothings", lambda: b"[" + b"0," * (4 * MIB) + b"0,0]", {}, 400),
     ("a broken array", lambda: b"[" + b",".join([LINE] * 10_000), {}, 400),
     ("MessagePack that lies", lambda: b"\xdd\xff\xff\xff\xff", {"content-type": "application/msgpack"}, 400),
     ("nested lies", lambda: b"\xdd\x7f\xff\xff\xff" * 300_000, {"content-type": "application/msgpack"}, 400),

@@ -327,6 +327,25 @@ def test_tokens(start_receiver: StartReceiver, redis_client: Redis) -> None:
     assert receiver.client.get("/healthcheck/").status_code == 200
 
 
+def test_where_another_programs_value_has_a_keys_name_only_its_records_are_refused(
+    receiver: RunningReceiver, redis_client: Redis
+) -> None:
+    redis_client.set("data:{taken}", "theirs")
+    taken = record(**{"business-capability": "taken"})
+    both = "\n".join(map(json.dumps, (record(), taken)))
+    answer = receiver.client.post("/records", content=both)
+    assert answer.status_code == 500
+    assert "data:{taken} is a string" in answer.json()["error"]
+    assert not redis_client.keys("data:{payments}")
+
+    def post(number: int) -> int:
+        return httpx.post(f"{receiver.url}/record/", json=taken if number % 2 else record(), timeout=30).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(post, range(32))) == [201, 500] * 16
+    assert len(stored(redis_client)) == 16
+
+
 def test_many_clients_at_once_lose_and_double_nothing(receiver: RunningReceiver, redis_client: Redis) -> None:
     numbers = range(400)
 

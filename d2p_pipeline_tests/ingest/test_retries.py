@@ -1,18 +1,20 @@
-"""A client that repeats what was not answered with success, while receivers are killed and Redis fills up: under an
-Idempotency-Key every record is stored once; without one at least once, and nothing twice that was answered the first time."""
+"""A client that repeats what was not answered with success, while receivers are killed or hang, turn requests away, and Redis
+is killed and fills up: under an Idempotency-Key every record is stored once; without one at least once."""
 
 import json
+import signal
 import threading
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
 import pytest
 from redis import Redis
 
+from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.records import chunk
 from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver
 
@@ -24,7 +26,9 @@ GOOD: dict[str, Any] = {
     "business-service": "s",
     "application-service": "a",
 }
-AGAIN = (408, 429, 500, 502, 503, 504)
+LOST, LATE = 0, -1
+"""In place of a status: the connection ended; no answer came in time."""
+AGAIN = (LOST, LATE, 408, 429, 500, 502, 503, 504)
 CLIENTS = 4
 
 
@@ -48,7 +52,7 @@ class Crowd:
 
     def work(self, client: int) -> None:
         batch = 0
-        with httpx.Client(timeout=5) as connection:
+        with httpx.Client(timeout=3) as connection:
             while not self.ending.is_set():
                 batch += 1
                 self._deliver(
@@ -71,8 +75,10 @@ class Crowd:
         for attempt in range(100_000):
             try:
                 status = connection.post(f"{self.url}/records", content=body, headers=headers).status_code
+            except httpx.TimeoutException:
+                status = LATE
             except httpx.TransportError:
-                status = 0
+                status = LOST
             with self._more:
                 self.repeated += attempt > 0
                 self.refusals[status] += status != 202
@@ -81,39 +87,57 @@ class Crowd:
                 self._more.notify_all()
             if status == 202:
                 return
-            assert status == 0 or status in AGAIN
+            assert status in AGAIN
             self.ending.wait(0.01)
 
 
 @pytest.mark.parametrize("with_key", [True, False], ids=["with key", "without key"])
 def test_every_answered_record_is_stored_and_under_a_key_once(
-    start_receiver: StartReceiver, redis_client: Redis, with_key: bool
+    start_receiver: StartReceiver, tmp_path: Path, with_key: bool
 ) -> None:
+    redis = EmbeddedRedis(tmp_path).start()
+    settings = {"redis_url": redis.url, "redis_timeout": "1", "workers": "2"}
     crowd = Crowd(with_key)
-    receiver: RunningReceiver = start_receiver(workers="2")
+    receiver: RunningReceiver = start_receiver(**settings)
     crowd.url = receiver.url
-    with ThreadPoolExecutor(CLIENTS) as pool, closing(redis_client):
+    with ThreadPoolExecutor(CLIENTS) as pool, Redis.from_url(redis.url) as client:
         working = [pool.submit(crowd.work, number) for number in range(CLIENTS)]
         try:
-            for _ in range(2):
-                crowd.wait_for(50)
+            for limit in ("1", "0"):  # the first turns all away
+                crowd.wait_for(20)
                 receiver.kill()
-                crowd.wait_for_refusal(0)
-                receiver = start_receiver(workers="2")
+                crowd.wait_for_refusal(LOST)
+                receiver = start_receiver(**settings, max_key_bytes=limit)
                 crowd.url = receiver.url
-            crowd.wait_for(50)
-            redis_client.config_set("maxmemory", 1)
+                if limit == "1":
+                    crowd.wait_for_refusal(429)
+                    crowd.url = (receiver := start_receiver(**settings)).url
+            crowd.wait_for(20)
+            receiver.strike(signal.SIGSTOP)
+            crowd.wait_for_refusal(LATE)
+            receiver.strike(signal.SIGCONT)
+            crowd.wait_for(20)
+            assert redis.process
+            redis.process.kill()
+            redis.process.wait()
+            redis.stop()
+            redis = EmbeddedRedis(tmp_path).start()
+            crowd.wait_for(20)
+            client.config_set("maxmemory", 1)
             crowd.wait_for_refusal(503)
-            redis_client.config_set("maxmemory", 0)
-            crowd.wait_for(50)
+            client.config_set("maxmemory", 0)
+            crowd.wait_for(20)
         finally:
-            redis_client.config_set("maxmemory", 0)
+            receiver.strike(signal.SIGCONT)
             crowd.ending.set()
-        for client in working:
-            client.result(60)
-    found = stored(redis_client)
+            if redis.process and redis.process.poll() is None:
+                client.config_set("maxmemory", 0)
+        for worker in working:
+            worker.result(60)
+        receiver.stop()
+        found = stored(client)
+    redis.stop()
     assert crowd.repeated
-    assert crowd.refusals[0]
     assert set(found) == crowd.answered
     if with_key:
         assert set(found.values()) == {1}

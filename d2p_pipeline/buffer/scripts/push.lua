@@ -1,42 +1,67 @@
--- Appends one chunk to a key's buffer and its dead letters to the key's queue, in one step.
+-- Appends chunks to keys' buffers and dead letters to their queues, in one step: all pushes or none.
 --
--- KEYS  1 data    list    the buffer
+-- KEYS  of each push five:
+--       1 data    list    the buffer
 --       2 stats   hash    records, bytes, chunks, first (ms) of the current buffer
 --       3 dlq     list    dead letters
 --       4 totals  hash    what this key ever accepted, wrote and rejected
 --       5 pushed  string  remembers this push's id, so that its second arrival changes nothing
--- ARGV  1 seconds to remember the id   2 records in the chunk   3 their raw bytes   4 the chunk, or ''   5 rejected records
---       6.. their dead letters, where they are kept
--- Returns {records, bytes, fresh}: the buffer's size afterwards; fresh = 1 when this push began the buffer.
+-- ARGV  of each push six or more:
+--       1 seconds to remember the id   2 records in the chunk   3 their raw bytes   4 the chunk, or ''   5 rejected records
+--       6 the number of dead letters that follow, where they are kept
+-- Returns of each push {records, bytes, fresh}: the buffer's size afterwards; fresh = 1 when this push began the buffer.
+-- Error FOREIGN where another program's value has one of the names.
 --
--- SET comes first: it is what Redis refuses when it is out of memory, before anything else has changed.
+-- Types are looked at before anything is written: what was written before an error would stay. SET comes first: it is what
+-- Redis refuses when it is out of memory, before anything else has changed.
 
-local function size(fresh)
-  local stats = redis.call('HMGET', KEYS[2], 'records', 'bytes')
-  return {tonumber(stats[1] or 0), tonumber(stats[2] or 0), fresh}
+local types = {'list', 'hash', 'list', 'hash'}
+for first = 1, #KEYS, 5 do
+  for place, wanted in ipairs(types) do
+    local name = KEYS[first + place - 1]
+    local found = redis.call('TYPE', name).ok
+    if found ~= wanted and found ~= 'none' then
+      return redis.error_reply('FOREIGN ' .. name .. ' is a ' .. found .. ', it should be a ' .. wanted)
+    end
+  end
 end
 
-if not redis.call('SET', KEYS[5], 1, 'NX', 'EX', ARGV[1]) then
-  return size(0)
+local function size(stats, fresh)
+  local found = redis.call('HMGET', stats, 'records', 'bytes')
+  return {tonumber(found[1] or 0), tonumber(found[2] or 0), fresh}
 end
 
-for i = 6, #ARGV do
-  redis.call('RPUSH', KEYS[3], ARGV[i])
+local function push(data, stats, dlq, totals, pushed, at)
+  local records, rejected = ARGV[at + 1], ARGV[at + 4]
+  if not redis.call('SET', pushed, 1, 'NX', 'EX', ARGV[at]) then
+    return size(stats, 0)
+  end
+
+  for i = at + 6, at + 5 + ARGV[at + 5] do
+    redis.call('RPUSH', dlq, ARGV[i])
+  end
+
+  local fresh = 0
+  if ARGV[at + 3] ~= '' then
+    local time = redis.call('TIME')
+    redis.call('RPUSH', data, ARGV[at + 3])
+    fresh = redis.call('HSETNX', stats, 'first', time[1] * 1000 + math.floor(time[2] / 1000))
+    redis.call('HINCRBY', stats, 'records', records)
+    redis.call('HINCRBY', stats, 'bytes', ARGV[at + 2])
+    redis.call('HINCRBY', stats, 'chunks', 1)
+  end
+
+  redis.call('HINCRBY', totals, 'accepted', tonumber(records) + tonumber(rejected))
+  redis.call('HINCRBY', totals, 'dead_letters', rejected)
+  if rejected ~= '0' then
+    redis.call('HINCRBY', totals, 'rejected', rejected)
+  end
+  return size(stats, fresh)
 end
 
-local fresh = 0
-if ARGV[4] ~= '' then
-  local time = redis.call('TIME')
-  redis.call('RPUSH', KEYS[1], ARGV[4])
-  fresh = redis.call('HSETNX', KEYS[2], 'first', time[1] * 1000 + math.floor(time[2] / 1000))
-  redis.call('HINCRBY', KEYS[2], 'records', ARGV[2])
-  redis.call('HINCRBY', KEYS[2], 'bytes', ARGV[3])
-  redis.call('HINCRBY', KEYS[2], 'chunks', 1)
+local replies, at = {}, 1
+for first = 1, #KEYS, 5 do
+  replies[#replies + 1] = push(KEYS[first], KEYS[first + 1], KEYS[first + 2], KEYS[first + 3], KEYS[first + 4], at)
+  at = at + 6 + ARGV[at + 5]
 end
-
-redis.call('HINCRBY', KEYS[4], 'accepted', tonumber(ARGV[2]) + tonumber(ARGV[5]))
-redis.call('HINCRBY', KEYS[4], 'dead_letters', ARGV[5])
-if ARGV[5] ~= '0' then
-  redis.call('HINCRBY', KEYS[4], 'rejected', ARGV[5])
-end
-return size(fresh)
+return replies
