@@ -6,10 +6,10 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint format audit bench soak clean
+.PHONY: help install demo up test lint format audit bench bench-receiver soak clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: .venv/.installed ## create .venv and install everything
 
@@ -42,6 +42,9 @@ audit: install ## known vulnerabilities of the pinned dependencies; needs the ne
 
 bench: install ## time the engine against others
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-receiver: install ## time the HTTP receiver against a plain one (needs wrk)
+	$(BIN)/python -m benchmarks.receiver $(ARGS)
 
 soak: install ## schedules of faults, their books as lines of JSON; ARGS="FIRST COUNT", "--real" or "--hours H"
 	$(BIN)/python -m d2p_pipeline_tests.faults $(ARGS)
