@@ -1,7 +1,7 @@
 """Failures of every kind in the whole system, seen and repaired as people do it: through the webserver's GraphQL."""
 
+import json
 import os
-import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -17,14 +17,21 @@ from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Batch, Claim, Push, Seal
 from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.records.dead_letter import DeadLetter
+from d2p_pipeline.spill import FILE_LETTERS
 from d2p_pipeline_tests.faults.struck_run import StruckRun
 from d2p_pipeline_tests.pipeline import line
-from d2p_pipeline_tests.system import Start, System, partitions_in_recovery, until
+from d2p_pipeline_tests.system import Start, System, partitions_in_recovery, peak_mb, until
 from d2p_pipeline_tests.webhook import Webhook
 
 pytestmark = pytest.mark.timeout(900)
 
 IN_RECOVERY = 500
+DEAD_LETTERS = 100_000
+LETTERS = "letters"
+"""Their key."""
+LETTERS_MB = 80
+"""What they have in bytes; as objects in memory they would take more."""
 HOURS = 400
 """Files of the batch whose run is killed: enough to strike between two of them."""
 
@@ -39,6 +46,15 @@ def redis(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 def buffer(redis: EmbeddedRedis) -> Iterator[RedisBuffer]:
     with Redis.from_url(redis.url) as client:
         yield RedisBuffer(client, Names(), full_records=10**6, full_bytes=10**9)
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Open."""
+    gate = tmp_path / "gate" / "closed"
+    gate.parent.mkdir()
+    monkeypatch.setenv("GATE", str(gate))
+    return gate
 
 
 def sealed(buffer: RedisBuffer, key: str, *messages: str) -> Batch:
@@ -57,22 +73,26 @@ def claimed(buffer: RedisBuffer, batch: Batch) -> Claim:
 
 
 def test_what_failed_is_repaired_by_a_backfill_and_nothing_is_lost_or_doubled(
-    start: Start, redis: EmbeddedRedis, buffer: RedisBuffer
+    redis: EmbeddedRedis, buffer: RedisBuffer, start: Start, gate: Path
 ) -> None:
+    """One system goes through it all, because starting one is what costs most."""
     expected: list[str] = []
     for number in range(IN_RECOVERY):
         batch = sealed(buffer, f"key {number % 10}", f"{number:03}")
         buffer.fail(claimed(buffer, batch), "disk full")
         expected.append(f"{number:03}")
+    fill_dead_letters(buffer)
     with Webhook() as webhook:
-        system = start(
-            redis_url=redis.url,
-            try_auto_recover="false",
-            flush_interval="1",
-            redis_lock_ttl="3",
-            recovery_run_batches="250",
-            alert_webhook_url=webhook.url,
-        ).wait()
+        settings = {
+            "redis_url": redis.url,
+            "try_auto_recover": "false",
+            "flush_interval": "1",
+            "redis_lock_ttl": "3",
+            "recovery_run_batches": str(IN_RECOVERY // 2 + 1),
+            "alert_webhook_url": webhook.url,
+            "transform": "d2p_pipeline_tests.e2e.gate:pass_gate",
+        }
+        system = start(**settings).wait()
         shutil.rmtree(system.root, ignore_errors=True)
         system.root.write_text("no directory")
         system.post(line("payments", "first"))
@@ -81,23 +101,57 @@ def test_what_failed_is_repaired_by_a_backfill_and_nothing_is_lost_or_doubled(
         until(lambda: len(partitions_in_recovery(system)) == IN_RECOVERY + 2)
         until(lambda: any("of key payments" in message["text"] for message in webhook.messages))
         system.root.unlink()
-        backfill = system.backfill(partitions_in_recovery(system))
+        first_backfill = system.backfill(partitions_in_recovery(system))
         expected += ["first", "meanwhile"]
 
         expected += kill_a_run_between_two_files(system)
         expected += reject_and_replay(system)
 
-        until(lambda: system.backfill_status(backfill) not in ("REQUESTED", "COMPLETED"))
-        assert system.backfill_status(backfill) == "COMPLETED_SUCCESS"
+        until(lambda: system.backfill_status(first_backfill) not in ("REQUESTED", "COMPLETED"))
+        assert system.backfill_status(first_backfill) == "COMPLETED_SUCCESS"
         runs = system.graphql(
             "query($id: String!) {partitionBackfillOrError(backfillId: $id) {... on PartitionBackfill {runs {status}}}}",
-            id=backfill,
+            id=first_backfill,
         )["partitionBackfillOrError"]["runs"]
-        assert len(runs) == 3
+        assert len(runs) == 2
         until(lambda: partitions_in_recovery(system) == [])
-        until(lambda: len(system.messages()) >= len(expected))
-        assert system.messages() == sorted(expected)
+        until(lambda: len(system.messages(besides=LETTERS)) >= len(expected))
+        assert system.messages(besides=LETTERS) == sorted(expected)
+
+        lost = lose_runs_with_their_host(system, buffer, gate)
+        expected += leave_batches_in_every_state(system, redis, buffer)
+        system = start(**settings).wait()
+        until(lambda: [system.status(run) for run in lost] == ["FAILURE", "FAILURE"])
+        waiting = ["B-given-up-given-up", "B-lost-in-recovery-lost-in-recovery"]  # for a person
+        until(lambda: sorted(partitions_in_recovery(system)) == waiting)
+        backfill = system.backfill(waiting)
+        until(lambda: system.backfill_status(backfill) == "COMPLETED_SUCCESS")
+        expected += ["lost", "lost in recovery"]
+        until(lambda: len(system.messages(besides=LETTERS)) >= len(expected))
+        assert system.messages(besides=LETTERS) == sorted(expected)
+        until(lambda: system.rows(LETTERS)[0] >= DEAD_LETTERS)
+        assert system.rows(LETTERS) == (DEAD_LETTERS, DEAD_LETTERS)
+        until(lambda: partitions_in_recovery(system) == [])
+        assert list(buffer.open_batches()) == list(buffer.recovering()) == []
         until(lambda: checks(system).get("books_balance") == "SUCCEEDED")
+
+
+def fill_dead_letters(buffer: RedisBuffer) -> None:
+    """Many letters of one key, all without their level."""
+    fill = "x" * 500
+    for start in range(0, DEAD_LETTERS, 5000):
+        letters = [
+            DeadLetter(
+                reason="level: missing",
+                stage="receive",
+                received_at=number,
+                raw=line(LETTERS, f"{number} {fill}", level=None),
+                id=str(number),
+            )
+            for number in range(start, start + 5000)
+        ]
+        pushed = [letter.to_json() for letter in letters]
+        buffer.push([Push(LETTERS, f"letters {start}", 60, rejected=len(pushed), dead_letters=pushed)])
 
 
 def kill_a_run_between_two_files(system: System) -> list[str]:
@@ -107,17 +161,8 @@ def kill_a_run_between_two_files(system: System) -> list[str]:
     system.post(
         *(line("killed", message, (begin + timedelta(hours=n)).isoformat()) for n, message in enumerate(messages))
     )
-    query = """{runsOrError(filter: {tags: [{key: "d2p/key", value: "killed"}]}) {... on Runs {results {
-        runId status eventConnection {events {... on MessageEvent {message}}}}}}}"""
-
-    def process() -> tuple[str, int] | None:
-        for run in system.graphql(query)["runsOrError"]["results"]:
-            for event in run["eventConnection"]["events"]:
-                if found := re.search(r"\(pid: (\d+)\)", event.get("message", "")):
-                    return run["runId"], int(found[1])
-        return None
-
-    run, pid = until(process, longest_pause=0.1)
+    run = until(lambda: system.runs_of("killed"), longest_pause=0.1)[-1]
+    pid = until(lambda: system.process_of(run), longest_pause=0.1)
     until(lambda: any(system.root.glob("capability=killed/**/*.parquet")), longest_pause=0.02)
     os.kill(pid, signal.SIGKILL)
     assert len(list(system.root.glob("capability=killed/**/*.parquet"))) < HOURS
@@ -126,25 +171,48 @@ def kill_a_run_between_two_files(system: System) -> list[str]:
 
 
 def reject_and_replay(system: System) -> list[str]:
-    """A record without its level is rejected, seen in the catalogue, mended and replayed by a launched job."""
+    """A record without its level is rejected, seen in the catalogue, mended and replayed by launched jobs; so are all the
+    letters that were there before, most of them from files. No run needs more memory for them than for none."""
     answer = httpx.post(
         f"http://127.0.0.1:{system.port}/records", content=line("payments", "once rejected", level=None)
     ).json()
     assert (answer["accepted"], answer["dead_lettered"]) == (0, 1)
-    inspection = system.launch("inspect")
-    until(lambda: system.status(inspection) == "SUCCESS")
+    peaks = {"spilled": peak_of(system, system.launch("spill_dead_letters"))}
+    assert len(list(system.root.glob(f"_dead_letters/capability={LETTERS}/*.zst"))) * FILE_LETTERS > DEAD_LETTERS / 2
+    peaks["listed"] = peak_of(system, system.launch("inspect"))
     asset = system.graphql(
         """{assetOrError(assetKey: {path: ["dead_letters"]}) {... on Asset {assetMaterializations(limit: 1) {
             metadataEntries {label ... on IntMetadataEntry {intValue}
                 ... on TableMetadataEntry {table {records}}}}}}}"""
     )["assetOrError"]
     entries = {entry["label"]: entry for entry in asset["assetMaterializations"][0]["metadataEntries"]}
-    assert entries["dead_letters"]["intValue"] == 1
-    assert "level" in str(entries["reasons"]["table"]["records"])
-    config = {"keys": ["payments"], "set_fields": {"level": "warn"}}
-    replay = system.launch("replay_dead_letters", {"ops": {"replay_letters": {"config": config}}})
-    until(lambda: system.status(replay) == "SUCCESS")
+    assert entries["dead_letters"]["intValue"] == DEAD_LETTERS + 1
+    reasons = [json.loads(record) for record in entries["reasons"]["table"]["records"]]
+    assert [(row["key"], row["letters"]) for row in reasons] == [(LETTERS, DEAD_LETTERS), ("payments", 1)]
+    assert all("level" in row["reason"] for row in reasons)
+    config = {"ops": {"replay_letters": {"config": {"set_fields": {"level": "warn"}}}}}
+    peaks["replayed"] = peak_of(system, system.launch("replay_dead_letters", config))
+    peaks["none left"] = peak_of(system, system.launch("inspect"))
+    more = {what: peak - peaks["none left"] for what, peak in peaks.items()}
+    assert max(more.values()) < LETTERS_MB / 2, peaks
+    assert list((system.root / "_dead_letters").rglob("*.zst")) == []
     return ["once rejected"]
+
+
+def peak_of(system: System, run: str) -> int:
+    """What a run's process needed (MB), when the run has succeeded."""
+    process = until(lambda: system.process_of(run), longest_pause=0.1)
+    peak = 0
+
+    def has_ended() -> bool:
+        nonlocal peak
+        peak = max(peak, peak_mb(process))
+        return system.status(run) in ("SUCCESS", "FAILURE")
+
+    until(has_ended, longest_pause=0.1)
+    assert system.status(run) == "SUCCESS"
+    assert peak
+    return peak
 
 
 def checks(system: System) -> dict[str, Any]:
@@ -162,36 +230,35 @@ def checks(system: System) -> dict[str, Any]:
     }
 
 
-def test_a_restart_takes_up_batches_in_every_state(start: Start, redis: EmbeddedRedis, buffer: RedisBuffer) -> None:
-    settings = {"redis_url": redis.url, "flush_interval": "3600", "redis_lock_ttl": "2", "unit_bytes": "500"}
-    first = start(**settings).wait()
-    first.post(line("buffered", "buffered"))
-    first.process.kill()
-    first.process.wait()
+def lose_runs_with_their_host(system: System, buffer: RedisBuffer, gate: Path) -> list[str]:
+    """Kills everything while a flush and a recovery are at work; returns the runs."""
+    gate.touch()
+    failed = sealed(buffer, "lost-in-recovery", "lost in recovery")
+    buffer.fail(claimed(buffer, failed), "disk full")
+    buffer.retry_at(failed.ref, 1)
+    system.post(line("lost", "lost"))
+    runs = [until(lambda key=key: system.runs_of(key))[0] for key in ("lost", "lost-in-recovery")]
+    processes = [until(lambda run=run: system.process_of(run)) for run in runs]
+    until(lambda: len(list(gate.parent.glob("lost*"))) == 2)
+    system.process.kill()
+    system.process.wait()
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    gate.unlink()
+    return runs
 
-    expected = ["sealed", "claimed", "one", "two", "three", "failed", "given up"]
+
+def leave_batches_in_every_state(system: System, redis: EmbeddedRedis, buffer: RedisBuffer) -> list[str]:
+    """What a system can find when it starts; returns what it delivers without being asked, or from the partition `given up`."""
+    buffer.push([Push("buffered", "1", 60, chunk=line("buffered", "buffered"), records=1, size=1)])
     sealed(buffer, "sealed", "sealed")
     claimed(buffer, sealed(buffer, "claimed", "claimed"))
-    die_after_the_first_unit(sealed(buffer, "half", "one", "two", "three"), redis, first.root)
+    die_after_the_first_unit(sealed(buffer, "half", "one", "two", "three"), redis, system.root)
     failed, given_up = sealed(buffer, "failed", "failed"), sealed(buffer, "given up", "given up")
     for batch in (failed, given_up):
         buffer.fail(claimed(buffer, batch), "disk full")
     buffer.retry_at(failed.ref, 1)
-
-    second = start(**settings).wait()
-    flush = second.launch("flush", {"ops": {"plan_units": {"config": {"keys": ["buffered"]}}}})
-    until(lambda: second.status(flush) == "SUCCESS")
-    until(lambda: given_up.id in partitions_in_recovery(second))
-    by_hand = second.launch("recover", tags={"dagster/partition": given_up.id})
-    until(lambda: second.status(by_hand) == "SUCCESS")
-    until(lambda: len(second.messages()) >= len(expected) + 1)
-    assert second.messages() == sorted([*expected, "buffered"])
-    until(lambda: partitions_in_recovery(second) == [])
-    assert list(buffer.open_batches()) == list(buffer.recovering()) == []
-    assert {key: totals.rows for key, totals in buffer.totals()} == {
-        **dict.fromkeys(("buffered", "sealed", "claimed", "failed", "given up"), 1),
-        "half": 3,
-    }
+    return ["buffered", "sealed", "claimed", "one", "two", "three", "failed", "given up"]
 
 
 def die_after_the_first_unit(batch: Batch, redis: EmbeddedRedis, root: Path) -> None:
