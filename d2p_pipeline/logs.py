@@ -37,6 +37,7 @@ def configure(form: Form, *, debug: bool) -> None:
     else:
         handler.setFormatter(TextFormatter(_TEXT))
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.NOTSET if debug else logging.WARNING)  # it has a line for every request
 
 
 class JsonFormatter(logging.Formatter):

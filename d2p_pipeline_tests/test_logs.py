@@ -44,7 +44,9 @@ def test_text_has_no_colors_where_nobody_sees_them(form: logs.Form, capsys: pyte
 
 def test_details_are_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert "detail" in "\n".join(emit("text", capsys, debug=True))
+    assert logging.getLogger("httpx").level == logging.NOTSET
     assert "detail" not in "\n".join(emit("text", capsys))
+    assert logging.getLogger("httpx").level == logging.WARNING
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

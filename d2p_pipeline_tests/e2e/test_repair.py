@@ -134,6 +134,7 @@ def test_what_failed_is_repaired_by_a_backfill_and_nothing_is_lost_or_doubled(
         until(lambda: partitions_in_recovery(system) == [])
         assert list(buffer.open_batches()) == list(buffer.recovering()) == []
         until(lambda: checks(system).get("books_balance") == "SUCCEEDED")
+        until(lambda: freshness(system) == {"parquet_files": "HEALTHY", "dead_letters": "HEALTHY"})
 
 
 def fill_dead_letters(buffer: RedisBuffer) -> None:
@@ -228,6 +229,12 @@ def checks(system: System) -> dict[str, Any]:
         for check in node["assetChecksOrError"]["checks"]
         if check["executionForLatestMaterialization"]
     }
+
+
+def freshness(system: System) -> dict[str, str]:
+    nodes = system.graphql("{assetNodes {assetKey {path} freshnessStatusInfo {freshnessStatus}}}")["assetNodes"]
+    found = {node["assetKey"]["path"][0]: node["freshnessStatusInfo"] for node in nodes}
+    return {name: status["freshnessStatus"] for name, status in found.items() if status}
 
 
 def lose_runs_with_their_host(system: System, buffer: RedisBuffer, gate: Path) -> list[str]:
