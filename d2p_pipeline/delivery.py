@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import msgspec
 import pyarrow as pa
 
-from d2p_pipeline import __version__
 from d2p_pipeline.buffer.lease import Leases
 from d2p_pipeline.buffer.protocol import (
     Announcement,
@@ -30,8 +29,9 @@ from d2p_pipeline.buffer.protocol import (
     ClaimLostError,
     NewerFormatError,
 )
-from d2p_pipeline.parquet.encode import Encoding, encode, split
-from d2p_pipeline.parquet.layout import file_path, md5_of, with_token
+from d2p_pipeline.parquet.encode import Encoding
+from d2p_pipeline.parquet.files import encoded_files
+from d2p_pipeline.parquet.layout import md5_of, with_token
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter, log_unkept, reasons
@@ -245,21 +245,20 @@ def _without(table: pa.Table, rows: Mapping[int, str]) -> pa.Table:
 
 def build(rows: Rows, rules: Rules, encoding: Encoding, *, partition_time: str, use_hash: bool) -> list[ParquetFile]:
     """Encode each part's rows, one file per capability and hour. The same part gives the same paths and bytes."""
-    files: list[ParquetFile] = []
-    for part, table in zip(rows.unit.parts, rows.tables, strict=True):
-        ingested = part.first if partition_time == "ingest" else None
-        for key, hour, piece in split(table, rules, ingested_at=ingested):
-            metadata = {
-                "d2p.batch": part.claim.batch.id,
-                "d2p.unit": str(part.number),
-                "d2p.key": part.claim.batch.key,
-                "d2p.schema_version": rules.schema_version,
-                "d2p.software": f"d2p-pipeline {__version__}",
-            }
-            data = encode(piece, encoding, metadata)
-            path = file_path(key, hour, part.claim.batch.id, part.number, data if use_hash else None)
-            files.append(ParquetFile(part, path, piece.num_rows, data))
-    return files
+    return [
+        ParquetFile(part, file.path, file.rows, file.data)
+        for part, table in zip(rows.unit.parts, rows.tables, strict=True)
+        for file in encoded_files(
+            table,
+            rules,
+            encoding,
+            batch=part.claim.batch.id,
+            unit=part.number,
+            key=part.claim.batch.key,
+            ingested_at=part.first if partition_time == "ingest" else None,
+            use_hash=use_hash,
+        )
+    ]
 
 
 def announce(buffer: Buffer, unit: Unit, files: list[ParquetFile]) -> Announced:

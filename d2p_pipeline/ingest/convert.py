@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import xxhash
 
-from d2p_pipeline import __version__
 from d2p_pipeline.ingest.documents import ZSTD_MAGICS, Block, Break, Content, ForeignError, Readable, blocks, too_long
 from d2p_pipeline.parquet.errors import StoreError
 
@@ -435,7 +434,7 @@ def _get_ready() -> None:
     """Import what `_convert` does, and keep memory that was freed for the next block: giving it back and getting it anew takes
     a tenth of the time."""
     gc.disable()  # nothing of what is imported is garbage
-    ours = ("records.parse", "records.validate", "records.transform", "records.sign", "parquet.encode")
+    ours = ("records.parse", "records.validate", "records.transform", "records.sign", "parquet.files")
     for name in (*(f"d2p_pipeline.{name}" for name in ours), "pyarrow.parquet"):
         importlib.import_module(name)
     gc.enable()
@@ -523,8 +522,7 @@ def _convert(
     task: _Task, text: _Text, plan: Plan, shapes: "Shapes", write: Callable[[str, "Buffer"], None]
 ) -> _Outcome:
     """What becomes of a block; `write` is called for each of its files."""
-    from d2p_pipeline.parquet.encode import encode, split
-    from d2p_pipeline.parquet.layout import file_path
+    from d2p_pipeline.parquet.files import encoded_files
     from d2p_pipeline.records.conceal import conceal
     from d2p_pipeline.records.dead_letter import DeadLetter
     from d2p_pipeline.records.parse import parse
@@ -550,24 +548,24 @@ def _convert(
     # The text is as large as the rows, and has served.
     del lines, parsed, verdict
     table = sign(transform(good, plan.rules), plan.rules)
-    files = size = 0
-    for key, hour, rows in split(table, plan.rules, task.received_at if plan.by_ingest_time else None):
-        metadata = {
-            "d2p.batch": task.batch,
-            "d2p.unit": str(task.unit),
-            "d2p.key": key,
-            "d2p.schema_version": plan.rules.schema_version,
-            "d2p.software": f"d2p-pipeline {__version__}",
-        }
-        data = encode(rows, plan.encoding, metadata)
-        write(file_path(key, hour, task.batch, task.unit, data if plan.use_hash else None), data)
-        files += 1
-        size += data.size
+    count = size = 0
+    for file in encoded_files(
+        table,
+        plan.rules,
+        plan.encoding,
+        batch=task.batch,
+        unit=task.unit,
+        ingested_at=task.received_at if plan.by_ingest_time else None,
+        use_hash=plan.use_hash,
+    ):
+        write(file.path, file.data)
+        count += 1
+        size += file.data.size
     if letters and plan.keep_dead_letters:
         lines = b"".join(letter.to_json() + b"\n" for letter in letters)
         write(f"{DEAD_LETTERS}/{task.batch}-{task.unit}.ndjson", lines)
     reasons = Counter(_kind(letter.reason) for letter in letters)
-    return _Outcome(records, table.num_rows, good.num_rows - table.num_rows, reasons, files, size)
+    return _Outcome(records, table.num_rows, good.num_rows - table.num_rows, reasons, count, size)
 
 
 def _read(task: _Task) -> bytes:
