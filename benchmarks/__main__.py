@@ -128,6 +128,7 @@ def _profile(options: Options) -> Group:
     data = _made(Data(options.d2p_records, profile="d2p"))
     contenders = [
         _d2p("d2p convert, 1 job", data, jobs=1),
+        _on_one_core(_d2p("d2p convert, one core", data, jobs=1)),
         _d2p("d2p convert, 2 jobs", data, jobs=2),
         _other("bare", data, 1),
         _other("duckdb", data, 2),

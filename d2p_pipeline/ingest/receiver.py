@@ -43,7 +43,7 @@ _CREATED = Answer(201)
 
 
 class Receiver:
-    """The RSGI application over one buffer."""
+    """Answers requests, over one buffer."""
 
     def __init__(
         self,

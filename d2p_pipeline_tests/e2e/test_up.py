@@ -208,4 +208,4 @@ def test_status_shows_what_waits(tmp_path: Path, redis_server: EmbeddedRedis, re
     assert claim
     buffer.fail(claim, "disk full")
     done = subprocess.run(command[:-1], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "in recovery: batch B1 of 'payments', failed 1 times: disk full" in done.stdout.replace("\n", " ")
+    assert "in recovery: batch B1 of payments, failed 1 times: disk full" in done.stdout.replace("\n", " ")

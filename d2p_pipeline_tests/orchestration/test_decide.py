@@ -43,8 +43,8 @@ def test_many_small_keys_share_runs_up_to_the_byte_budget() -> None:
 
 
 def test_many_keys_share_runs_up_to_a_number_of_batches() -> None:
-    shares = share_runs([batch(str(number), size=1) for number in range(600)], LIMITS)
-    assert [len(share.batches) for share in shares] == [250, 250, 100]
+    shares = share_runs([batch(str(number), size=1) for number in range(1100)], LIMITS)
+    assert [len(share.batches) for share in shares] == [500, 500, 100]
 
 
 def test_a_hot_key_has_a_run_of_its_own_among_many() -> None:
