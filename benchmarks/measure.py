@@ -15,7 +15,7 @@ from typing import Any
 NOT_INSTALLED = 3
 """Exit code of a contender whose library is not there."""
 
-_LOOK = 0.05  # seconds between two looks at the memory of a process and its children
+_LOOK = 0.25  # seconds between two looks at the memory of a process and its children
 
 
 class ContenderError(Exception):
