@@ -498,10 +498,11 @@ def test_a_deep_queue_gets_more_pollers_and_an_empty_one_fewer(queue: TestQueue,
             return queue.left() == 0 and pollers.wanted == 1
 
         await until(look)
-        assert pollers.counts.records == 300
 
     polling(queue, redis_buffer, test)
     assert most > 1
+    # A queue may give a message twice, to two pollers at that.
+    assert texts(redis_buffer) == sorted(f"m{n}" for n in range(10) for _ in range(30))
 
 
 # --- the generator
