@@ -188,6 +188,12 @@ class Connection(asyncio.Protocol):
             self.deadline = self._open.arrived + self._service.body_seconds
         self.regulate()
 
+    def eof_received(self) -> bool:
+        """The client sends no more. What it sent whole is answered first; TLS has no such half of a connection."""
+        self._ending = True
+        is_waiting = self._current is not None or bool(self._queue)
+        return is_waiting and self._open is None and self._transport.get_extra_info("ssl_object") is None
+
     def pause_writing(self) -> None:
         self._clogged = True
         self.regulate()

@@ -212,3 +212,27 @@ def test_a_client_that_leaves_amid_its_body_is_noticed() -> None:
         await echo.gone.wait()
 
     served(client)
+
+
+def test_a_client_that_has_sent_all_and_says_so_gets_its_answer() -> None:
+    received = b""
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: Echo) -> None:
+        nonlocal received
+        writer.write(post("/later", b"all of it"))
+        writer.write_eof()
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.2, echo.later.set)
+        received = await reader.read()
+
+    served(client)
+    assert b"<POST /later all of it>" in received
+
+
+def test_a_client_that_sends_no_more_amid_a_request_is_gone() -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: Echo) -> None:
+        writer.write(b"POST /one HTTP/1.1\r\nContent-Length: 5\r\n\r\nab")
+        writer.write_eof()
+        assert await reader.read() == b""
+
+    served(client)
