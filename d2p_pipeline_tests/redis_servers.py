@@ -43,6 +43,11 @@ class RedisServers:
         for port in list(self._processes):
             self.kill(port)
 
+    def wait_for_cluster(self) -> None:
+        """Until every server that lives says that its Cluster serves all slots."""
+        for node in (Redis(port=port) for port in self._processes):
+            until(lambda node=node: "'cluster_state': 'ok'" in str(node.execute_command("CLUSTER INFO")))
+
     def cluster(self, *, replicas: bool = False) -> list[int]:
         """A Cluster of three masters, whose ports come first; with `replicas`, then that of one replica for each."""
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
@@ -58,8 +63,8 @@ class RedisServers:
         for master, replica in zip(nodes, nodes[3:], strict=False):
             replica.execute_command("CLUSTER REPLICATE", master.execute_command("CLUSTER MYID"))
             until(lambda replica=replica: replica.info("replication")["master_link_status"] == "up")  # pyright: ignore[reportIndexIssue]
+        self.wait_for_cluster()
         for node in nodes:
-            until(lambda node=node: "'cluster_state': 'ok'" in str(node.execute_command("CLUSTER INFO")))
             until(lambda node=node: sum("slave" in line for line in _described(node)) == len(nodes) - 3)
         return ports
 

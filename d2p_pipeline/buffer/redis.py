@@ -20,7 +20,9 @@ from d2p_pipeline.buffer.protocol import (
     Announcement,
     Batch,
     BatchRef,
+    BufferFullError,
     BufferState,
+    BufferUnavailableError,
     Claim,
     ClaimLostError,
     Deliveries,
@@ -68,6 +70,12 @@ class RedisBuffer:
         except ForeignValueError as error:
             if len(together) > 1:
                 raise PartlyStoredError(str(error)) from error
+            raise
+        except BufferFullError as error:
+            if len(together) > 1:
+                raise BufferUnavailableError(
+                    "a node of the Redis Cluster is out of memory, others may not be"
+                ) from error
             raise
         full = {
             push.key
@@ -173,7 +181,7 @@ class RedisBuffer:
     def seal(self, seals: Sequence[Seal], *, look_in: int = 0) -> list[Batch]:
         if not seals:
             return []
-        of = self._names.of
+        of, ordered_at = self._names.of, self.now()
         # The buffer leaves the index before it is sealed: a push that begins the next buffer in between indexes it again.
         self._forget(self._names.keys, [seal.key for seal in seals])
         sealed = self._run(
@@ -187,7 +195,7 @@ class RedisBuffer:
                         of("batch-meta", seal.key, seal.batch_id),
                         of("totals", seal.key),
                     ],
-                    [seal.reason],
+                    [seal.reason, ordered_at],
                 )
                 for seal in seals
             ],
@@ -259,7 +267,9 @@ class RedisBuffer:
         keys.append(self._names.of("totals", claim.batch.key))
         [failures] = self._run([Call("fail", keys, [claim.token, error])])
         if failures:
-            self.retry_at(claim.batch, None)
+            # A process that dies before it says when to try again leaves the time it was asked to try this time.
+            if self._scores(self._names.recovery, [_member(claim.batch)]) == [None]:
+                self.retry_at(claim.batch, None)
             self._forget(self._names.batches, [_member(claim.batch)])
         return failures
 

@@ -19,7 +19,7 @@ from d2p_pipeline.buffer.protocol import FORMAT, Batch
 from d2p_pipeline.delivery import Delivered
 from d2p_pipeline.orchestration.assets import report_deliveries
 from d2p_pipeline.orchestration.deliver import deliver
-from d2p_pipeline.orchestration.failures import give_up, show
+from d2p_pipeline.orchestration.failures import give_up, next_attempt, show
 from d2p_pipeline.orchestration.io_manager import ParquetIOManager
 from d2p_pipeline.orchestration.keys import RECOVERY, partition_of
 from d2p_pipeline.orchestration.lost_runs import fail_lost_runs
@@ -114,8 +114,12 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
     changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
     if missing:
         changes.append(partitions.build_add_request(missing))
-        news = (batch for batch in buffer.recovering() if batch.id in unseen)
-        for batch in islice(news, SHOWN_PER_TICK):
+        news = [batch for batch in buffer.recovering() if batch.id in unseen]
+        for batch in news:
+            # The process that put it there may have died before it said when to try again.
+            if (again := next_attempt(batch, settings)) is not None:
+                buffer.retry_at(batch.ref, again)
+        for batch in news[:SHOWN_PER_TICK]:
             show(instance, settings, batch)
     if delivered:
         changes.append(partitions.build_delete_request(delivered))

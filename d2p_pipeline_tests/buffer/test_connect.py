@@ -10,7 +10,7 @@ from redis import Redis
 from d2p_pipeline.buffer.connect import RedisRefusedError, check, connect, without_password
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
-from d2p_pipeline.buffer.protocol import BatchRef, Push, Seal
+from d2p_pipeline.buffer.protocol import BatchRef, BufferUnavailableError, Push, Seal
 from d2p_pipeline.buffer.redis import Client, RedisBuffer
 from d2p_pipeline_tests.redis_servers import RedisServers, Start, until
 
@@ -53,6 +53,15 @@ def test_a_cluster_of_three_masters(redis_servers: RedisServers) -> None:
     client = connect(url)
     assert "append-only persistence is off" in check(client, url)[0]
     assert_delivers(client)
+    buffer = RedisBuffer(client, Names(), full_records=10, full_bytes=1000)
+    pushes = [Push(f"again {number}", "1", 60, b"chunk", 1, 5) for number in range(30)]
+    with Redis(port=ports[0]) as full:
+        full.config_set("maxmemory", 1)
+        with pytest.raises(BufferUnavailableError, match="others may not be"):
+            buffer.push(pushes)  # nobody may say that nothing was stored
+        full.config_set("maxmemory", 0)
+    buffer.push(pushes)
+    assert [state.records for state in buffer.waiting()] == [1] * 30
 
 
 def test_a_sentinel_group(start: Start, tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_a_full_server_refuses_a_push_whole_and_lets_deliveries_go_on(
     redis_client.config_set("maxmemory", 1)
     with pytest.raises(BufferFullError, match="out of memory"):
         redis_buffer.push([Push("k", "2", 60, b"more", 1, 4), Push("fresh", "2", 60, b"more", 1, 4)])
+    redis_buffer.push([CHUNK])  # a repetition of what is stored is not refused
     assert [(state.key, state.records) for state in redis_buffer.waiting()] == [("k", 1)]
     redis_buffer.seal([Seal("k", "B1", "age")])
     claim = redis_buffer.claim(REF, "run", 60_000)
@@ -160,6 +161,30 @@ def test_a_seal_that_arrives_again_leaves_its_batch_in_recovery_alone(
     redis_buffer.fail(claim, "disk full")
     assert [batch.state for batch in redis_buffer.seal([Seal("k", "B1", "age")])] == ["recovery"]
     assert (redis_client.zcard("batches"), redis_client.zcard("recovery")) == (0, 1)
+
+
+def test_a_seal_that_arrives_again_when_its_batch_is_forgotten_takes_nothing(
+    redis_client: Redis, redis_buffer: RedisBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordered_at = redis_buffer.now() - 31 * 60_000
+    redis_buffer.push([CHUNK])
+    monkeypatch.setattr(redis_buffer, "now", lambda: ordered_at)
+    assert redis_buffer.seal([Seal("k", "B1", "age")]) == []
+    assert redis_client.keys("batch*") == []
+    monkeypatch.undo()
+    assert redis_buffer.reconcile(0) == 1
+    assert [state.records for state in redis_buffer.due(redis_buffer.now() + 1, 10)] == [1]
+
+
+def test_a_run_that_dies_as_it_fails_again_leaves_its_batch_due(redis_client: Redis, redis_buffer: RedisBuffer) -> None:
+    redis_buffer.push([CHUNK])
+    redis_buffer.seal([Seal("k", "B1", "age")])
+    for number in (1, 2):
+        claim = redis_buffer.claim(REF, f"run {number}", 60_000)
+        assert claim
+        assert redis_buffer.fail(claim, "disk full") == number
+        assert redis_client.zscore("recovery", "B1:k") == {1: float("inf"), 2: 5.0}[number]
+        redis_buffer.retry_at(REF, 5)
 
 
 def test_another_programs_value_under_our_name_is_left_alone_and_named(

@@ -101,6 +101,7 @@ def test_a_cluster_whose_masters_die_in_the_middle_of_runs_delivers_everything_o
         run.resume()
         run.wait()
         until(lambda ref=ref: buffer.batch(ref), Exception)
+        redis_servers.wait_for_cluster()
         for key, last in halted:
             for step in STEPS[last:]:  # the last one again, as nobody knows whether it was answered
                 take(step, buffer, key)

@@ -130,6 +130,17 @@ def test_what_recovers_by_itself_is_asked_for_later_and_later_and_then_waits_for
     assert [found.failures for found in pipeline.buffer.recovering()] == [3]
 
 
+def test_what_a_process_failed_before_it_died_recovers_by_itself_too(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2P_RECOVERY_DELAY", "0.001")
+    sensor.parts.cache_clear()
+    [batch] = failed_in_between(pipeline, 1)
+    pipeline.buffer.retry_at(batch.ref, None)  # as a failure leaves it
+    [request] = until(lambda: tick(pipeline))
+    assert request.partition_key == batch.id
+
+
 def test_nothing_recovers_by_itself_where_that_is_switched_off(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,9 @@
 -- Returns of each push {records, bytes, fresh}: the buffer's size afterwards; fresh = 1 when this push began the buffer.
 -- Error FOREIGN where another program's value has one of the names.
 --
--- Types are looked at before anything is written: what was written before an error would stay. SET comes first: it is what
--- Redis refuses when it is out of memory, before anything else has changed.
+-- Types are looked at before anything is written: what was written before an error would stay. Of what is written SET comes
+-- first: it is what Redis refuses when it is out of memory, before anything else has changed. Whether the push is stored already
+-- is only read, so that its second arrival is no refusal either.
 
 local types = {'list', 'hash', 'list', 'hash'}
 for first = 1, #KEYS, 5 do
@@ -33,9 +34,10 @@ end
 
 local function push(data, stats, dlq, totals, pushed, at)
   local records, rejected = ARGV[at + 1], ARGV[at + 4]
-  if not redis.call('SET', pushed, 1, 'NX', 'EX', ARGV[at]) then
+  if redis.call('EXISTS', pushed) == 1 then
     return size(stats, 0)
   end
+  redis.call('SET', pushed, 1, 'EX', ARGV[at])
 
   for i = at + 6, at + 5 + ARGV[at + 5] do
     redis.call('RPUSH', dlq, ARGV[i])

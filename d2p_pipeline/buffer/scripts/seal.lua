@@ -5,13 +5,19 @@
 --       3 batch  list  the batch's chunks; must not exist
 --       4 meta   hash  what is known of the batch; outlives it for an hour, so a late second arrival finds the id used
 --       5 totals  hash  what this key ever accepted, wrote and rejected, and how
--- ARGV  1 why the buffer is sealed
--- Returns 1 when the batch exists or existed, 0 when the buffer is empty.
+-- ARGV  1 why the buffer is sealed   2 when that was ordered, in ms by this clock
+-- Returns 1 when the batch exists or existed, 0 when the buffer is empty, or when the order is so old that nobody knows whether
+-- it has come before: a batch under the same id would take the names of files that are delivered.
 --
 -- RENAME comes first: Redis refuses it never for want of memory, and allows the writes that follow it.
 
 if redis.call('EXISTS', KEYS[4]) == 1 then
   return 1
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+if now - ARGV[2] > 1800000 then
+  return 0
 end
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind == 'none' then
@@ -25,8 +31,6 @@ redis.call('RENAME', KEYS[1], KEYS[3])
 local stats = redis.call('HMGET', KEYS[2], 'records', 'bytes', 'chunks', 'first')
 redis.call('DEL', KEYS[2])
 redis.call('HINCRBY', KEYS[5], 'sealed:' .. ARGV[1], 1)
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('HSET', KEYS[4],
   'format', 1, 'state', 'open', 'reason', ARGV[1], 'sealed_at', now, 'first', stats[4] or now,
   'chunks', redis.call('LLEN', KEYS[3]),
