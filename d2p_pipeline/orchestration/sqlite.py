@@ -1,7 +1,8 @@
 """Dagster's storage in SQLite, with connections kept open; the dagster.yaml that `d2p up` writes names it.
 
 Dagster opens an engine and a connection for every statement otherwise, and SQLite writes its log back at each close: most of
-what a short run costs.
+what a short run costs. What a run says of itself is not synced to the disk event by event, which took as long as all else in a
+long run: a power failure may take a run's last events, and never a run, its status, or a materialization.
 """
 
 import os
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+from dagster._core.events.log import EventLogEntry
 from dagster._core.storage.event_log import SqliteEventLogStorage
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME
 from dagster._core.storage.runs import SqliteRunStorage
@@ -61,24 +63,30 @@ class _Events(SqliteEventLogStorage):
     @contextmanager
     def _connect(self, shard: str) -> Iterator[Connection]:
         with self._db_lock:
-            # Whoever watches a run in the UI is told when its file changes, not when the file's write-ahead log does.
-            engine = _engine(self.conn_string_for_shard(shard), writes_through=shard != INDEX_SHARD_NAME)
+            engine = _engine(self.conn_string_for_shard(shard), syncs=shard == INDEX_SHARD_NAME)
             if shard not in self._initialized_dbs:
                 self._initdb(engine)
                 self._initialized_dbs.add(shard)
             with engine.begin() as connection:
                 yield connection
 
+    def store_event(self, event: EventLogEntry) -> None:
+        super().store_event(event)
+        # Whoever watches a run in the UI is told when its file changes, not when the file's write-ahead log does.
+        os.utime(self.path_for_shard(event.run_id))
 
-def _engine(url: str, *, writes_through: bool = False) -> Engine:
-    return _engine_of_process(os.getpid(), url, writes_through)
+
+def _engine(url: str, *, syncs: bool = True) -> Engine:
+    return _engine_of_process(os.getpid(), url, syncs)
 
 
 @lru_cache(maxsize=FILES_KEPT)
-def _engine_of_process(process: int, url: str, writes_through: bool) -> Engine:
+def _engine_of_process(process: int, url: str, syncs: bool) -> Engine:
     """`process`: a fork must not use its parent's connections."""
     del process
-    engine = create_engine(url, max_overflow=-1, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS})
-    if writes_through:
-        event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA wal_autocheckpoint = 1"))
+    timeout = {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS}
+    # Each use of a connection commits or rolls back itself.
+    engine = create_engine(url, max_overflow=-1, pool_reset_on_return=None, connect_args=timeout)
+    if not syncs:
+        event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = NORMAL"))
     return engine
