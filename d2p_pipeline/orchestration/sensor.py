@@ -25,7 +25,8 @@ from d2p_pipeline.orchestration.flush import flush
 from d2p_pipeline.orchestration.keys import partition_of
 from d2p_pipeline.settings import Settings, load
 
-TICK_SECONDS = 5
+TICK_SECONDS = 1
+"""Dagster looks at its sensors every 5 s; with an interval as long, it passes over one whose last tick began a moment late."""
 DUE_PER_TICK = 10_000
 RECONCILE_MS = 5
 """What a tick spends on finding what no index knows."""

@@ -40,8 +40,6 @@ _QUOTES = 2
 _NULL = 4  # bytes of `null`
 
 _PAIR = re.compile(rb"(?<!\\)((?:\\\\)*)\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
-
-
 # A pattern is found in a third of the time that `in` takes.
 _UNICODE_ESCAPE = re.compile(rb"\\u")
 

@@ -3,6 +3,7 @@
 import dagster as dg
 import pytest
 from dagster._core.test_utils import create_run_for_test
+from dagster._daemon.sensor import MIN_INTERVAL_LOOP_TIME
 from redis import Redis
 
 from d2p_pipeline.buffer.protocol import BatchRef, Seal
@@ -30,6 +31,11 @@ def let_time_pass(pipeline: Pipeline, redis_client: Redis) -> None:
     """Every batch's next look is due."""
     for member, _ in redis_client.zscan_iter("batches"):
         redis_client.zadd("batches", {member: 0})
+
+
+def test_no_look_of_the_daemon_at_its_sensors_is_passed_over() -> None:
+    assert buffer_sensor.minimum_interval_seconds
+    assert buffer_sensor.minimum_interval_seconds < MIN_INTERVAL_LOOP_TIME
 
 
 def test_a_young_and_small_buffer_waits(pipeline: Pipeline) -> None:

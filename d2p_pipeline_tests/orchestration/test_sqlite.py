@@ -5,6 +5,8 @@ from pathlib import Path
 from queue import Queue
 
 import dagster as dg
+from dagster._core.storage.event_log import SqliteEventLogStorage
+from dagster._core.storage.runs import SqliteRunStorage
 
 from d2p_pipeline.cli.supervise import dagster_home
 from d2p_pipeline.orchestration import sqlite
@@ -23,6 +25,23 @@ def test_a_flush_is_stored_over_connections_that_stay_open(pipeline: Pipeline, t
     with dg.DagsterInstance.from_config(str(home)) as instance:
         assert [run.run_id for run in instance.get_runs()] == [delivered.run_id]
         assert instance.get_dynamic_partitions("keys") == ["payments"]
+
+
+def test_only_the_events_of_a_run_may_be_lost_with_the_power(tmp_path: Path) -> None:
+    home = str(dagster_home(tmp_path))
+    with dg.DagsterInstance.from_config(home) as instance:
+        events, run_id = instance.event_log_storage, "7d2ad4ea-54fd-4b5c-8cd0-6a1a3a2a1c4e"
+        instance.report_engine_event("first", run_id=run_id, job_name="flush")
+        assert isinstance(events, SqliteEventLogStorage)
+        runs = instance.run_storage
+        assert isinstance(runs, SqliteRunStorage)
+        open_ones = (events.run_connection(run_id), events.index_connection(), runs.connect())
+        syncs: list[int] = []
+        for one in open_ones:
+            with one as connection:
+                syncs.append(connection.exec_driver_sql("PRAGMA synchronous").scalar_one())
+    normal, full = 1, 2
+    assert syncs == [normal, full, full]
 
 
 def test_whoever_watches_a_run_is_told_of_each_event_while_it_goes_on(tmp_path: Path) -> None:
