@@ -15,7 +15,7 @@ from typing import Any
 NOT_INSTALLED = 3
 """Exit code of a contender whose library is not there."""
 
-_LOOK = 0.25  # seconds between two looks at the memory of a process and its children
+_LOOK = 0.1  # seconds between two looks at the memory of a process and its children
 
 
 class ContenderError(Exception):
@@ -49,34 +49,37 @@ class Cost:
 
 
 def measure(contenders: Sequence[Contender], runs: int) -> dict[str, Cost | None]:
-    """Medians by name, None for what is not installed."""
+    """Medians by name, None for what is not installed. Peaks are of one more run ahead: looking at memory takes time."""
     costs: dict[str, list[Cost]] = {contender.name: [] for contender in contenders}
+    peaks: dict[str, int] = {}
     missing: set[str] = set()
-    for _ in range(runs):
+    for number in range(runs + 1):
         for contender in contenders:
             if contender.name in missing:
                 continue
             contender.before()
-            cost = run(contender)
+            cost = run(contender, watched=number == 0)
             if cost is None:
                 missing.add(contender.name)
+            elif number == 0:
+                peaks[contender.name] = cost.peak
             else:
                 costs[contender.name].append(cost)
-    return {name: None if name in missing else _median(some) for name, some in costs.items()}
+    return {name: None if name in missing else _median(some, peaks[name]) for name, some in costs.items()}
 
 
-def run(contender: Contender) -> Cost | None:
-    """Run once; None if its library is not installed."""
+def run(contender: Contender, *, watched: bool = True) -> Cost | None:
+    """Run once; None if its library is not installed. Unless `watched`, the peak is that of the largest process."""
     # Nothing large may be allocated in this process: Linux counts what it holds as the peak of what it starts.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         os.sync()
         began = time.monotonic()
         process = subprocess.Popen(contender.command, env=os.environ | contender.environment, stdout=out, stderr=errors)
-        watch = _Together(process.pid)
+        watch = _Together(process.pid) if watched else None
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.monotonic() - began
         process.returncode = code = os.waitstatus_to_exitcode(status)
-        together = watch.stop()
+        together = watch.stop() if watch else 0
         if code == NOT_INSTALLED:
             return None
         if code not in contender.exit_codes:
@@ -90,12 +93,12 @@ def run(contender: Contender) -> Cost | None:
     return Cost(wall, usage.ru_utime + usage.ru_stime, together or usage.ru_maxrss * 1024, said)
 
 
-def _median(costs: Sequence[Cost]) -> Cost:
+def _median(costs: Sequence[Cost], peak: int) -> Cost:
     by_wall = sorted(costs, key=lambda cost: cost.wall)
     return Cost(
         wall=statistics.median(cost.wall for cost in costs),
         cpu=statistics.median(cost.cpu for cost in costs),
-        peak=max(cost.peak for cost in costs),
+        peak=peak,
         said=by_wall[len(costs) // 2].said,
     )
 

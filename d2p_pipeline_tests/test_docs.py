@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from d2p_pipeline.buffer.names import Names
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline.records.fields import markdown_table
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ import d2p_pipeline
 from d2p_pipeline import books, logs, wiring
 from d2p_pipeline.buffer.embedded import binary
 from d2p_pipeline.buffer.protocol import Seal
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline.ingest.intake import UNKNOWN_KEY
 from d2p_pipeline.orchestration.alerts import Event, message
 from d2p_pipeline.orchestration.markdown import code

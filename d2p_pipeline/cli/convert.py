@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,16 +14,15 @@ from d2p_pipeline.cli.setup import ConfigFile, check_records, check_store, setti
 from d2p_pipeline.logs import plain
 
 if TYPE_CHECKING:
-    from d2p_pipeline.ingest.convert import Plan, Summary
+    from d2p_pipeline.ingest.convert import Summary
+    from d2p_pipeline.ingest.task import Plan
     from d2p_pipeline.settings import Settings
 
 SHOWN_REASONS = 10
 
-# Bytes of inputs that more than one process is worth its start for.
-_WORTH_WORKERS = 32 << 20
-
 
 def convert(
+    context: typer.Context,
     files: Annotated[
         list[str] | None,
         typer.Argument(metavar="[FILE]…", help="Files or patterns; - or nothing: standard input.", show_default=False),
@@ -46,15 +44,17 @@ def convert(
     Converting the same input again overwrites the same files. Rejected records go to _dead_letters below the root, with
     the reason. Exit code 1: something was rejected, or an input could not be read to its end; the others are converted.
     """
+    from d2p_pipeline.ingest import workers
+
     names = _names(files)
-    jobs = jobs or _cores()
-
-    from d2p_pipeline.ingest.convert import Workers, convert
-
+    jobs = jobs or workers.cores()
     try:
         with contextlib.ExitStack() as stack:
             # They get ready while settings are read.
-            workers = stack.enter_context(Workers(jobs)) if jobs > 1 and (_size(names) or 0) >= _WORTH_WORKERS else None
+            early: workers.Workers | None = context.obj
+            ready = early if early and early.count >= jobs else workers.for_files(names, jobs)
+            if ready:
+                stack.enter_context(ready)
             settings = settings_of(config, writer_file_path=out)
             check_records(settings)
             if settings.writer_type != "file" or settings.writer_url:
@@ -62,7 +62,10 @@ def convert(
             plan = _plan(settings)
             block_bytes, jobs = _shares(memory_limit, jobs)
             advance = stack.enter_context(_progress(names))
-            summary = convert(names, plan, jobs=jobs, block_bytes=block_bytes, on_progress=advance, workers=workers)
+
+            from d2p_pipeline.ingest.convert import convert
+
+            summary = convert(names, plan, jobs=jobs, block_bytes=block_bytes, on_progress=advance, workers=ready)
     except KeyboardInterrupt:
         typer.echo("Interrupted. Every file there is, is whole; the same command again overwrites them.", err=True)
         raise typer.Exit(130) from None
@@ -90,14 +93,9 @@ def _names(files: list[str] | None) -> list[str]:
     return names
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _plan(settings: "Settings") -> "Plan":
     from d2p_pipeline import wiring
-    from d2p_pipeline.ingest.convert import Plan
+    from d2p_pipeline.ingest.task import Plan
     from d2p_pipeline.parquet.errors import StoreError
 
     try:
@@ -193,7 +191,8 @@ def _print(summary: "Summary") -> None:
 
 
 def _complain(summary: "Summary", settings: "Settings") -> None:
-    from d2p_pipeline.ingest.convert import DEAD_LETTERS, STDIN
+    from d2p_pipeline.ingest.convert import STDIN
+    from d2p_pipeline.ingest.task import DEAD_LETTERS
 
     for name, reason in summary.failed.items():
         typer.echo(plain(f"{'standard input' if name == STDIN else name}: {reason}"), err=True)

@@ -1,51 +1,25 @@
-"""The `d2p` command: one Typer application, one module per command.
+"""The console entry point.
 
-Command modules import only Typer and the standard library at module level, so that `d2p --help` and the processes that
-`d2p up` starts pay for nothing they do not use. Exit codes: 0 all delivered, 1 something failed or was rejected,
-2 usage or configuration.
+What `d2p convert` converts with takes longer to load than everything else, so that is begun before the commands are imported.
 """
 
 import gc
-
-import typer
-
-from d2p_pipeline import __version__
-from d2p_pipeline.cli.config import config
-from d2p_pipeline.cli.convert import convert
-from d2p_pipeline.cli.demo import demo
-from d2p_pipeline.cli.dlq import app as dlq
-from d2p_pipeline.cli.forward import forward
-from d2p_pipeline.cli.generate import generate
-from d2p_pipeline.cli.receive import receive
-from d2p_pipeline.cli.sqs import sqs
-from d2p_pipeline.cli.status import status
-from d2p_pipeline.cli.up import up
-from d2p_pipeline.cli.verify import verify
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"d2p {__version__}")
-        raise typer.Exit
-
-
-@app.callback(help="Data2Parquet on Dagster: JSON records in, validated and partitioned Parquet out.")
-def root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True)) -> None:
-    del version
-
-
-for command in (up, demo, receive, forward, sqs, convert, generate, status, verify, config):
-    app.command()(command)
-app.add_typer(dlq, name="dlq")
+import sys
 
 
 def main() -> None:
-    """The console entry point."""
     # What a command imports is no garbage; looking for some would take a tenth of its start.
     gc.set_threshold(50_000)
-    app()
+    early = None
+    if sys.argv[1:2] == ["convert"]:
+        from d2p_pipeline.ingest import workers
+
+        # Options and their values are not told from files here: what is no file counts for nothing.
+        early = workers.for_files(sys.argv[2:], workers.cores())
+
+    from d2p_pipeline.cli.app import app
+
+    app(obj=early)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline.ingest.convert import block_for
 from d2p_pipeline.ingest.generator import generate
+from d2p_pipeline.ingest.workers import cores
 
 D2P = [sys.executable, "-m", "d2p_pipeline.cli.main"]
+EAGER = "from d2p_pipeline.cli.main import main; from d2p_pipeline.ingest import workers; workers._WORTH = 0; main()"
+EAGER_D2P = [sys.executable, "-c", EAGER]
+"""Takes any file for a large one."""
+
 LIMIT = 384 << 20
 
 
@@ -134,7 +139,7 @@ def test_jobs_that_memory_is_too_little_for_are_left_out() -> None:
 
 
 def test_workers_that_are_started_at_once_convert(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2p_pipeline.cli.convert._WORTH_WORKERS", 0)
+    monkeypatch.setattr("d2p_pipeline.ingest.workers._WORTH", 0)
     names = [put(f"{name}.ndjson", list(generate(100, seed=seed))) for seed, name in enumerate("abc")]
     result = run(*names, "--jobs", 2)
     assert result.exit_code == 0, result.output
@@ -142,12 +147,28 @@ def test_workers_that_are_started_at_once_convert(monkeypatch: pytest.MonkeyPatc
 
 
 def test_workers_that_were_started_at_once_end_when_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2p_pipeline.cli.convert._WORTH_WORKERS", 0)
+    monkeypatch.setattr("d2p_pipeline.ingest.workers._WORTH", 0)
     name = put("a.ndjson", list(generate(100)))
     monkeypatch.setenv("D2P_RECORD_TYPE", "binary")
     before = children(os.getpid())
     assert run(name, "--jobs", 2).exit_code == 2
     assert children(os.getpid()) == before
+
+
+@pytest.mark.parametrize("jobs", [1, cores(), cores() + 1])
+def test_workers_that_were_started_before_the_command_was_read_convert(jobs: int) -> None:
+    name = put("a.ndjson", list(generate(100)))
+    subprocess.run([*EAGER_D2P, "convert", name, "--jobs", str(jobs)], check=True)
+    assert rows() == 100
+
+
+def test_workers_that_were_started_for_a_command_that_cannot_be_read_end_with_it() -> None:
+    put("a.ndjson", list(generate(100)))
+    command = [*EAGER_D2P, "convert", "a.ndjson", "--no-such-option"]
+    # Standard error is theirs too: it ends when all of them have.
+    result = subprocess.run(command, stderr=subprocess.PIPE, check=False)
+    assert result.returncode == 2
+    assert b"--no-such-option" in result.stderr
 
 
 def test_a_root_that_cannot_be_written_exits_1_and_says_so() -> None:
@@ -172,7 +193,7 @@ def test_a_terminal_shows_a_progress_bar() -> None:
 def test_neither_dagster_nor_pandera_is_imported_for_good_records() -> None:
     name = put("a.ndjson", list(generate(10)))
     program = (
-        "import sys; from typer.testing import CliRunner; from d2p_pipeline.cli.main import app\n"
+        "import sys; from typer.testing import CliRunner; from d2p_pipeline.cli.app import app\n"
         f"assert CliRunner().invoke(app, ['convert', '{name}']).exit_code == 0\n"
         "print([module for module in ('dagster', 'pandera') if module in sys.modules])"
     )

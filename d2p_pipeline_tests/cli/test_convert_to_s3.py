@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline_tests.fixtures.s3 import REGION, SECRET_KEY, Proxy, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_proxy as s3_proxy

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.protocol import Totals
 from d2p_pipeline.buffer.redis import RedisBuffer
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline.dead_letters import DeadLetters
 from d2p_pipeline.parquet.store import LocalStore
 from d2p_pipeline.records.dead_letter import DeadLetter

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 
 COMMANDS = (["receive"], ["up"], ["convert", "in.ndjson"])
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline.parquet.encode import Encoding, encode
 from d2p_pipeline.parquet.layout import file_path
 from d2p_pipeline.parquet.verify import verify

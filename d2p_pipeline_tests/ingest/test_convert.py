@@ -9,8 +9,9 @@ import duckdb
 import pytest
 import zstandard
 
-from d2p_pipeline.ingest.convert import Plan, Summary, block_for, convert, memory_needed
+from d2p_pipeline.ingest.convert import Summary, block_for, convert, memory_needed
 from d2p_pipeline.ingest.generator import generate
+from d2p_pipeline.ingest.task import Plan
 from d2p_pipeline.parquet.encode import Encoding
 from d2p_pipeline.parquet.store import LocalStore
 from d2p_pipeline.records.dead_letter import DeadLetter

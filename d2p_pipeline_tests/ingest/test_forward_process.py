@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.redis import RedisBuffer
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline.ingest import forward_sender, generator
 from d2p_pipeline.ingest.delivering import Sent, Undelivered
 from d2p_pipeline_tests.certificates import Certificates

@@ -29,7 +29,7 @@ from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Buffer
 from d2p_pipeline.buffer.redis import RedisBuffer
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline.ingest import sqs_sender
 from d2p_pipeline.ingest.commit import GroupCommit
 from d2p_pipeline.ingest.intake import Intake

@@ -11,7 +11,7 @@ from redis import Redis
 from typer.testing import CliRunner
 
 from d2p_pipeline.buffer.protocol import Totals
-from d2p_pipeline.cli.main import app
+from d2p_pipeline.cli.app import app
 from d2p_pipeline.records.dead_letter import DeadLetter
 from d2p_pipeline_tests.pipeline import Pipeline
 from d2p_pipeline_tests.receiving import StartReceiver

@@ -1,0 +1,173 @@
+"""The processes of `d2p convert`: forked from one that imports what they need while the command reads its settings.
+
+A library takes only its own worker down, and what is decided in Python, record by record, has all cores too. A worker that
+is told nothing more, whatever became of the process that told it, ends after its block: no file is left partial.
+"""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+# The sooner a process is started that imports this, the better.
+if TYPE_CHECKING:
+    from d2p_pipeline.ingest.task import Plan, Result, Task, Text
+
+# Bytes of inputs for which processes of their own are worth their start.
+_WORTH = 32 << 20
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def for_files(names: Sequence[str], count: int) -> "Workers | None":
+    """Workers, if it is worth their start to convert those of the names that are files."""
+    files = filter(Path.is_file, map(Path, names))
+    return Workers(count) if sum(file.stat().st_size for file in files) >= _WORTH else None
+
+
+class WorkerDiedError(Exception):
+    """A worker ended that should not have: killed, or by an error that it printed."""
+
+    def __init__(self, name: str, status: int) -> None:
+        cause = f"signal {-status}, perhaps for want of memory" if status < 0 else f"exit code {status}"
+        super().__init__(f"the worker that converted a part of {name} ended with {cause}")
+
+
+class Workers:
+    """Processes that convert. The first one loads what all of them need, while its caller is busy otherwise; then it forks."""
+
+    def __init__(self, count: int) -> None:
+        ours, theirs = zip(*(Pipe() for _ in range(count)), strict=True)
+        descriptors = [connection.fileno() for connection in theirs]
+        self.count = count
+        self._connections: list[Connection] = [*ours]
+        self._unused = deque(self._connections)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"import {__name__} as workers; workers.work({descriptors})"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"POLARS_MAX_THREADS": "1"},
+            pass_fds=descriptors,
+            # Not that of the terminal: Ctrl-C lets them end their blocks.
+            process_group=0,
+        )
+        for connection in theirs:
+            connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def one(self, plan: "Plan") -> "Worker":
+        """A worker that has nothing to do yet."""
+        return Worker(self._unused.popleft(), plan)
+
+    def answers(self, told: Sequence["Worker"]) -> "Iterator[Result]":
+        """Wait until at least one worker answers. WorkerDiedError if it is not there any more."""
+        busy = [worker for worker in told if worker.asked]
+        ready = wait([worker.connection for worker in busy])
+        for worker in busy:
+            if worker.connection not in ready:
+                continue
+            try:
+                result = worker.answer()
+            except (EOFError, ConnectionError):
+                raise WorkerDiedError(worker.tasks[-1].name, self.end()) from None
+            if result:
+                yield result
+
+    def end(self) -> int:
+        """Wait for the end of their blocks and of themselves. The exit code, or minus the signal, of one that failed."""
+        for connection in self._connections:
+            connection.close()
+        code = self._process.wait()
+        return code - _SIGNALLED if code > _SIGNALLED // 2 else code
+
+
+# What is added to the number of a signal, which is negative, to make an exit code of it.
+_SIGNALLED = 256
+
+
+class Worker:
+    """A process that converts one block after the other; what it answers is the result of an earlier one, or None."""
+
+    def __init__(self, connection: Connection, plan: "Plan") -> None:
+        self.connection = connection
+        self.asked = 0
+        """Answers to come."""
+        self.tasks: deque[Task] = deque()
+        """What it was told to convert and has no result of yet."""
+        self._tell(plan)
+
+    def convert(self, task: "Task", text: "Text") -> None:
+        """Hand it a block."""
+        self.asked += 1
+        self.tasks.append(task)
+        self._tell(task, text if task.offset is None else None)
+
+    def settle(self) -> None:
+        """Ask for the next result."""
+        self.asked += 1
+        self._tell(None)
+
+    def answer(self) -> "Result | None":
+        """What it answers, once its connection has something. EOFError or ConnectionError if it is gone."""
+        result = self.connection.recv()
+        self.asked -= 1
+        return (self.tasks.popleft(), result) if result else None
+
+    def _tell(self, message: "Plan | Task | None", text: "Text | None" = None) -> None:
+        # A worker that is gone is noticed where its answer is waited for.
+        with contextlib.suppress(ConnectionError):
+            self.connection.send(message)
+            if text is not None:
+                self.connection.send_bytes(text)
+
+
+def work(descriptors: Sequence[int]) -> None:
+    """What the first process of `Workers` does: load everything, then fork a worker for each of the descriptors."""
+    from d2p_pipeline.ingest.task import get_ready
+
+    get_ready()
+    gc.freeze()  # what is there now stays: it need neither be looked through, nor copied for that
+    connections = [Connection(descriptor) for descriptor in descriptors]
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_work, args=(own, connections)) for own in connections]
+    for worker in workers:
+        worker.start()
+    for connection in connections:
+        connection.close()
+    for worker in workers:
+        worker.join()
+    codes = [worker.exitcode or 0 for worker in workers]
+    # At once, as forked processes end: somebody waits for it, and there is nothing to clean up.
+    os._exit(next((code % _SIGNALLED for code in codes if code), 0))
+
+
+def _work(own: Connection, connections: Sequence[Connection]) -> None:
+    """Convert until nobody is there any more to tell what. Errors that are no result end the process."""
+    from d2p_pipeline.ingest.task import Converter
+
+    for other in connections:
+        if other is not own:
+            other.close()
+    with contextlib.suppress(EOFError, ConnectionError), Converter(own.recv()) as converter:
+        while True:
+            task = own.recv()
+            if task is None:
+                own.send(converter.settle())
+            else:
+                text = own.recv_bytes() if task.offset is None else b""
+                own.send(converter.convert(task, text))
