@@ -19,6 +19,11 @@ class Forgetful:
     def push(self, pushes: Sequence[Push]) -> None:
         del pushes
 
+    async def push_async(self, pushes: Sequence[Push]) -> None:
+        del pushes
+
+    async def end_async(self) -> None: ...
+
     def close(self) -> None: ...
 
 

@@ -93,12 +93,13 @@ def redis_url(settings: Settings) -> str:
 
 def open_buffer(settings: Settings) -> tuple[RedisBuffer, list[str]]:
     """The buffer after its start-up checks, and their warnings; raises RedisRefusedError."""
-    from d2p_pipeline.buffer.connect import check, connect
+    from d2p_pipeline.buffer.connect import check, connect, line
     from d2p_pipeline.buffer.names import Names
     from d2p_pipeline.buffer.redis import RedisBuffer
 
     url = redis_url(settings)
-    client = connect(url, settings.redis_timeout or None)
+    timeout = settings.redis_timeout or None
+    client = connect(url, timeout)
     warnings = check(client, url)
     names = Names(
         data=settings.redis_data_prefix,
@@ -107,7 +108,9 @@ def open_buffer(settings: Settings) -> tuple[RedisBuffer, list[str]]:
         keys=settings.redis_keys,
         recovery=settings.redis_recovery_key,
     )
-    buffer = RedisBuffer(client, names, full_records=settings.buffer_size, full_bytes=settings.flush_bytes)
+    buffer = RedisBuffer(
+        client, names, full_records=settings.buffer_size, full_bytes=settings.flush_bytes, line=line(url, timeout)
+    )
     return buffer, warnings
 
 

@@ -16,9 +16,12 @@ from redis.cluster import RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 from redis.sentinel import Sentinel
 
-from d2p_pipeline.buffer.redis import Client
+from d2p_pipeline.buffer.line import Line
+from d2p_pipeline.buffer.server import Client
 
 MINIMUM_VERSION = (6, 2)
+_LINE_SECONDS = 5.0
+"""redis-py's own default."""
 
 
 class RedisRefusedError(Exception):
@@ -37,6 +40,11 @@ def connect(url: str, timeout: float | None = None) -> Client:
         return Redis.from_url(url, **options)
     except (RedisError, RedisClusterException, ValueError) as error:
         raise RedisRefusedError(f"{without_password(url)}: {error}") from error
+
+
+def line(url: str, timeout: float | None = None) -> Line | None:
+    """A line to the one server of `url`; None to more than one."""
+    return None if "+" in url.partition("://")[0] else Line(url, timeout or _LINE_SECONDS)
 
 
 def _sentinel_master(url: str, options: dict[str, Any]) -> Redis:

@@ -68,6 +68,11 @@ class MemoryBuffer:
             for push in pushes:
                 self._push(push)
 
+    async def push_async(self, pushes: Sequence[Push]) -> None:
+        self.push(pushes)
+
+    async def end_async(self) -> None: ...
+
     def _push(self, push: Push) -> None:
         now, name = self.now(), (push.key, push.id)
         if self._pushed.get(name, 0) > now:

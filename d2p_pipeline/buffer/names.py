@@ -5,6 +5,7 @@ ordinary keys stay as they are, so any producer can write `data:{payments}`.
 """
 
 import re
+from functools import lru_cache
 
 import msgspec
 
@@ -13,6 +14,7 @@ _ENCODE = re.compile(rf"[\x00-\x1f\x7f{{}}]|%(?={_SPECIAL})")
 _DECODE = re.compile(rf"%(?:(7B|7D|0[0-9A-F]|1[0-9A-F]|7F)|(25)(?={_SPECIAL}))")
 
 
+@lru_cache(maxsize=4096)
 def encode_key(key: str) -> str:
     """The form of `key` inside a Redis name."""
     return _ENCODE.sub(lambda match: f"%{ord(match[0]):02X}", key)

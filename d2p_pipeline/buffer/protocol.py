@@ -186,6 +186,14 @@ class Buffer(Protocol):
         """Store all of `pushes`; raise `BufferFullError` or `ForeignValueError` with nothing stored."""
         ...
 
+    async def push_async(self, pushes: Sequence[Push]) -> None:
+        """`push` for an event loop, always the same one."""
+        ...
+
+    async def end_async(self) -> None:
+        """No more `push_async` comes."""
+        ...
+
     def check_writable(self) -> None:
         """Write a trifle; raises what `push` would."""
         ...

@@ -5,6 +5,7 @@ indexes (`keys`, `batches`: sorted sets by the time of the next look) live in ot
 what they miss because a process died in between, or because a foreign producer never wrote them, `reconcile` finds.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -14,6 +15,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from d2p_pipeline.buffer.letters import LetterQueues
+from d2p_pipeline.buffer.line import Line
 from d2p_pipeline.buffer.names import Names, glob
 from d2p_pipeline.buffer.protocol import (
     FORMAT,
@@ -50,13 +52,16 @@ class RedisBuffer:
     `full_records` and `full_bytes` are the sizes at which a push makes its key due.
     """
 
-    def __init__(self, client: Client, names: Names, *, full_records: int, full_bytes: int) -> None:
+    def __init__(
+        self, client: Client, names: Names, *, full_records: int, full_bytes: int, line: Line | None = None
+    ) -> None:
         self._server = Server(client)
         self._run, self._one = self._server.run, self._server.one
         self.letters = LetterQueues(self._server, names)
         self._names = names
         self._full_records = full_records
         self._full_bytes = full_bytes
+        self._line = line
 
     def now(self) -> int:
         seconds, micros = self._one("TIME")
@@ -77,13 +82,37 @@ class RedisBuffer:
                     "a node of the Redis Cluster is out of memory, others may not be"
                 ) from error
             raise
-        full = {
+        self._index(*self._filled_and_begun(pushes, replies))
+
+    async def push_async(self, pushes: Sequence[Push]) -> None:
+        try:
+            replies = await self._line.ask(self._push_of(pushes)) if self._line else None
+        except (RedisError, OSError):
+            replies = None
+        if replies is None:  # the other way tries again, stores nothing twice, and finds out what is wrong
+            await asyncio.to_thread(self.push, pushes)
+            return
+        filled, begun = self._filled_and_begun(pushes, replies)
+        if filled or begun:
+            await asyncio.to_thread(self._index, filled, begun)
+
+    async def end_async(self) -> None:
+        if self._line:
+            await self._line.close()
+
+    def _filled_and_begun(self, pushes: Sequence[Push], replies: Sequence[Any]) -> tuple[set[str], set[str]]:
+        """The keys whose buffers these pushes filled, and those whose buffers they began."""
+        filled = {
             push.key
             for push, (records, size, _) in zip(pushes, replies, strict=True)
             if self._fills(push, records, size)
         }
-        begun = {push.key for push, (_, _, fresh) in zip(pushes, replies, strict=True) if fresh} - full
-        looks = dict.fromkeys(full, 0) | (dict.fromkeys(begun, self.now()) if begun else {})
+        begun = {push.key for push, (_, _, fresh) in zip(pushes, replies, strict=True) if fresh} - filled
+        return filled, begun
+
+    def _index(self, filled: set[str], begun: set[str]) -> None:
+        """Have keys looked at when they are due."""
+        looks = dict.fromkeys(filled, 0) | (dict.fromkeys(begun, self.now()) if begun else {})
         self._schedule(self._names.keys, looks)
 
     def _push_of(self, pushes: Sequence[Push]) -> Call:

@@ -3,6 +3,7 @@
 Also walks through the names that exist, a page at a time; on a Cluster, node by node.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,8 @@ _STEP = 250
 """Names per step of a walk that somebody counts the milliseconds of."""
 
 _SCRIPTS = {path.stem: path.read_text() for path in (Path(__file__).parent / "scripts").glob("*.lua")}
+SHAS = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in _SCRIPTS.items()}
+"""What Redis calls each script."""
 _UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, ClusterDownError)
 
 
@@ -50,7 +53,6 @@ class Server:
     def __init__(self, client: Client) -> None:
         self._client: Any = client  # redis-py's annotations are too loose to check against
         self.is_cluster = isinstance(client, RedisCluster)
-        self._shas: dict[str, str] = {}
         self._cursors: dict[str, int | None] = {}
         self.walked = False
         """Whether `walk_lists` has seen every name."""
@@ -75,18 +77,17 @@ class Server:
         return replies
 
     def _send(self, calls: Sequence[Call]) -> list[Any]:
-        if not self._shas:
-            self._load()
         pipe = self._client.pipeline(transaction=False)
         for call in calls:
             if call.keys is None:
                 pipe.execute_command(*call.name.split(" "), *call.args)
             else:
-                pipe.execute_command("EVALSHA", self._shas[call.name], len(call.keys), *call.keys, *call.args)
+                pipe.execute_command("EVALSHA", SHAS[call.name], len(call.keys), *call.keys, *call.args)
         return pipe.execute(raise_on_error=False)
 
     def _load(self) -> None:
-        self._shas = {name: self._client.script_load(text) for name, text in _SCRIPTS.items()}
+        for text in _SCRIPTS.values():
+            self._client.script_load(text)
 
     def names(self, pattern: str) -> Iterator[bytes]:
         """Every name that matches; costs what exists."""

@@ -9,7 +9,6 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +26,8 @@ CHUNK_BYTES = 1 << 20
 """Raw bytes after which a key's lines go on in another chunk, so that units can be cut evenly."""
 GROUP_BYTES = 8 << 20
 """Raw bytes after which a group takes no further request, so that small requests do not wait for many large ones."""
+SMALL_BYTES = 256 << 10
+"""Raw bytes that are packed between other requests; more of them in a thread."""
 MOST = 0.8
 """The part of the requests that came together before for which a commit waits, within `LONGEST_PATIENCE`."""
 LONGEST_PATIENCE = 0.004
@@ -105,7 +106,6 @@ class GroupCommit:
         self._concurrency = 1.0
         self._seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._thread = ThreadPoolExecutor(1, "d2p-commit")
         self._producer = os.urandom(8).hex()
         self._sequence = count()
 
@@ -164,9 +164,7 @@ class GroupCommit:
         await asyncio.sleep(0)  # let every request of this turn join
         group = self._group()
         started = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        commit = loop.run_in_executor(self._thread, self._commit, [request for request, _ in group])
-        outcomes = await commit
+        outcomes = await self._commit([request for request, _ in group])
         self._seconds = time.perf_counter() - started
         self._observe(len(group), self._seconds, any(outcomes))
         for (request, done), error in zip(group, outcomes, strict=True):
@@ -186,14 +184,17 @@ class GroupCommit:
             size += group[-1][0].size
         return group
 
-    def _commit(self, requests: Sequence[Request]) -> list[Exception | None]:
+    async def _commit(self, requests: Sequence[Request]) -> list[Exception | None]:
         """Store requests; what became of each."""
         name = f"{self._producer}-{next(self._sequence)}"
         try:
-            self._buffer.push(list(pushes(requests, name, self._window, keep_dead_letters=self._keep_dead_letters)))
+            if sum(request.size for request in requests) <= SMALL_BYTES:
+                await self._buffer.push_async(self._pushes(requests, name))
+            else:
+                await asyncio.to_thread(lambda: self._buffer.push(self._pushes(requests, name)))
         except ForeignValueError as error:
             # Nothing was stored, and most requests have no part in it.
-            return [error] if len(requests) == 1 else [self._commit([request])[0] for request in requests]
+            return [error] if len(requests) == 1 else [(await self._commit([request]))[0] for request in requests]
         except Exception as error:  # noqa: BLE001  # it is everybody's who waits
             return [error] * len(requests)
         if not self._keep_dead_letters:
@@ -202,13 +203,16 @@ class GroupCommit:
                     log_unkept(key, letters)
         return [None] * len(requests)
 
+    def _pushes(self, requests: Sequence[Request], name: str) -> list[Push]:
+        return list(pushes(requests, name, self._window, keep_dead_letters=self._keep_dead_letters))
+
     async def close(self) -> None:
         """Finish what waits."""
         while self._waiting or self._running:
             self._start()
             if self._running:
                 await self._running
-        self._thread.shutdown()
+        await self._buffer.end_async()
 
 
 def pushes(requests: Sequence[Request], name: str, window: int, *, keep_dead_letters: bool) -> Iterator[Push]:

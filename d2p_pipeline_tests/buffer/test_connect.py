@@ -1,17 +1,20 @@
 """Every way to reach Redis by URL, and the start-up checks, against real servers."""
 
+import asyncio
 import os
 import re
 from pathlib import Path
 
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 
-from d2p_pipeline.buffer.connect import RedisRefusedError, check, connect, without_password
+from d2p_pipeline.buffer.connect import RedisRefusedError, check, connect, line, without_password
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
-from d2p_pipeline.buffer.protocol import BatchRef, BufferUnavailableError, Push, Seal
+from d2p_pipeline.buffer.protocol import BatchRef, BufferUnavailableError, ForeignValueError, Push, Seal
 from d2p_pipeline.buffer.redis import Client, RedisBuffer
+from d2p_pipeline.buffer.server import Call
 from d2p_pipeline_tests.redis_servers import RedisServers, Start, until
 
 
@@ -37,6 +40,25 @@ def assert_delivers(client: Client) -> None:
     assert {totals.rows for _, totals in buffer.totals()} == {1}
 
 
+async def assert_takes_what_an_event_loop_pushes(client: Client, url: str) -> None:
+    """Also after the connection was cut and the server forgot its scripts."""
+    buffer = RedisBuffer(client, Names(), full_records=10, full_bytes=1000, line=line(url))
+    for number in range(4):
+        await buffer.push_async(
+            [Push("key", f"{number}", 60, b"chunk", 1, 5), Push("other", f"{number}", 60, b"x", 1, 5)]
+        )
+        if number == 1:
+            client.script_flush()
+        if number == 2 and isinstance(client, Redis):
+            client.client_kill_filter(_type="normal", skipme=True)
+    assert {state.key: state.records for state in buffer.waiting()} == {"key": 4, "other": 4}
+    assert {state.key for state in buffer.due(buffer.now() + 1, 10)} == {"key", "other"}
+    client.set("data:{key}", "another program's")
+    with pytest.raises(ForeignValueError):
+        await buffer.push_async([Push("key", "5", 60, b"chunk", 1, 5)])
+    await buffer.end_async()
+
+
 def test_one_server_with_user_password_and_database(start: Start) -> None:
     port = start("--requirepass", "secret")
     url = f"redis://default:secret@127.0.0.1:{port}/3"
@@ -45,6 +67,19 @@ def test_one_server_with_user_password_and_database(start: Start) -> None:
     assert_delivers(client)
     assert isinstance(client, Redis)
     assert client.connection_pool.connection_kwargs["db"] == 3
+    client.flushdb()
+    asyncio.run(assert_takes_what_an_event_loop_pushes(client, url))
+
+    async def ask() -> None:
+        way = line(url)
+        assert way
+        assert await way.ask(Call("push", ["1", "2", "3", "4", "5"], [60, 1, 5, b"chunk", 0, 0])) == [[1, 5, 1]]
+        with pytest.raises(ResponseError):
+            await way.ask(Call("push", ["1", "1", "3", "4", "6"], [60, 1, 5, b"chunk", 0, 0]))
+        assert await way.ask(Call("push", ["1", "2", "3", "4", "6"], [60, 1, 5, b"chunk", 0, 0])) == [[2, 10, 0]]
+        await way.close()
+
+    asyncio.run(ask())
 
 
 def test_a_cluster_of_three_masters(redis_servers: RedisServers) -> None:
@@ -62,6 +97,8 @@ def test_a_cluster_of_three_masters(redis_servers: RedisServers) -> None:
         full.config_set("maxmemory", 0)
     buffer.push(pushes)
     assert [state.records for state in buffer.waiting()] == [1] * 30
+    client.flushall()
+    asyncio.run(assert_takes_what_an_event_loop_pushes(client, url))
 
 
 def test_a_sentinel_group(start: Start, tmp_path: Path) -> None:

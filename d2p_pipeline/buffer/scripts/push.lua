@@ -54,8 +54,8 @@ local function push(data, stats, dlq, totals, pushed, at)
   end
 
   redis.call('HINCRBY', totals, 'accepted', tonumber(records) + tonumber(rejected))
-  redis.call('HINCRBY', totals, 'dead_letters', rejected)
   if rejected ~= '0' then
+    redis.call('HINCRBY', totals, 'dead_letters', rejected)
     redis.call('HINCRBY', totals, 'rejected', rejected)
   end
   return size(stats, fresh)
