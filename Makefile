@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint format audit bench bench-receiver soak clean
+.PHONY: help install demo up test lint style pyright pytest format audit bench bench-receiver soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -25,13 +25,20 @@ demo: install ## everything at once: Redis, receiver and Dagster, fed with gener
 up: install ## Redis, receiver and Dagster in the foreground
 	$(BIN)/d2p up $(ARGS)
 
-test: lint ## lint, types and all tests
-	$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
+test: style ## lint, types and all tests; FULL_SIZE=1 for more records and batches where the number matters
+	$(MAKE) --jobs=2 pyright pytest
 
-lint: install ## ruff and pyright
+lint: style pyright ## ruff and pyright
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+pyright: install
 	$(BIN)/pyright
+
+pytest: install
+	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
 
 format: install ## let ruff rewrite the tree
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """The whole system under load: `python -m benchmarks.end_to_end [KEYS …]`; `d2p up` as users start it, on this machine's cores.
 
+    waiting     what Redis takes for each record that waits, before anything is sealed (with --waiting: this alone)
     saturate    producers post as fast as they are let, `max_buffer_bytes` holds them back: what is delivered is sustained
     half        half of that rate: how long from the request to a file that can be read, and what each process takes
     flood       ten times the sustained rate is offered for a minute; how it ends, and how long until nothing waits
@@ -39,8 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.end_to_end", description=__doc__)
     parser.add_argument("keys", nargs="*", type=int, default=[10, 100, 1000])
     parser.add_argument("--flood", type=int, default=100, help="the size that is flooded (%(default)s)")
+    parser.add_argument("--waiting", action="store_true", help="only what Redis takes for each record that waits")
     options = parser.parse_args()
     for keys in options.keys:
+        print(json.dumps(_bytes_waiting(keys), indent=2), flush=True)
+        if options.waiting:
+            continue
         with tempfile.TemporaryDirectory() as directory, _system(Path(directory)) as system:
             print(json.dumps(_measured(system, keys, flood=keys == options.flood), indent=2), flush=True)
 
@@ -60,7 +65,7 @@ class System:
         from d2p_pipeline.buffer.redis import RedisBuffer
 
         client = connect(f"unix://{self.directory}/.d2p/redis/redis.sock")
-        return client, RedisBuffer(client, Names(), full_records=1, full_bytes=1)
+        return RedisBuffer(client, Names(), full_records=1, full_bytes=1)
 
     def watch(self, ended: threading.Event) -> None:
         """Note the largest resident size of each kind of process."""
@@ -118,6 +123,8 @@ class Load:
     seconds: float
     rate: float | None
     connections: int
+    requests: int | None = None
+    """At most so many."""
     statuses: dict[int, int] = field(default_factory=dict[int, int])
     began: float = 0.0
 
@@ -136,6 +143,8 @@ class Load:
         turn = 0
         while (elapsed := time.monotonic() - self.began) < self.seconds:
             number = self.first + place + turn * self.connections
+            if self.requests is not None and number - self.first >= self.requests:
+                return
             due = (number - self.first) * PER_REQUEST / self.rate if self.rate else 0.0
             if due > elapsed:
                 time.sleep(min(due - elapsed, self.seconds - elapsed))
@@ -171,11 +180,44 @@ def _template() -> bytes:
     return b"\n".join(lines)
 
 
+def _bytes_waiting(keys: int) -> dict[str, Any]:
+    """A receiver alone, so that nothing is sealed; two requests for each key, forty at least. Redis's own count of what it uses,
+    and the sizes of the lists alone."""
+    from redis import Redis
+
+    from d2p_pipeline.buffer.embedded import EmbeddedRedis
+
+    port, requests = free_port(), max(40, 2 * keys)
+    with tempfile.TemporaryDirectory() as directory, EmbeddedRedis(Path(directory)) as server:
+        command = [sys.executable, "-m", "d2p_pipeline.cli.main", "receive", "--port", str(port)]
+        receiver = subprocess.Popen(command, cwd=directory, env=os.environ | {"D2P_REDIS_URL": server.url})
+        try:
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert receiver.poll() is None
+                time.sleep(0.1)
+            client: Any = Redis.from_url(server.url)
+            base = client.info("memory")["used_memory"]
+            load = Load(port, keys, 0, 600.0, None, 4, requests=requests).run()
+            assert set(load.statuses.values()) == {202}, Counter(load.statuses.values())
+            used = client.info("memory")["used_memory"] - base
+            lists = sum(client.memory_usage(name, samples=0) for name in client.scan_iter("data:*", count=1000))
+        finally:
+            receiver.terminate()
+            receiver.wait(60)
+    records = requests * PER_REQUEST
+    return {
+        "keys": keys,
+        "records waiting": records,
+        "Redis bytes for each of them": round(used / records, 1),
+        "of these in lists": round(lists / records, 1),
+    }
+
+
 def _measured(system: System, keys: int, *, flood: bool) -> dict[str, Any]:
     ended = threading.Event()
     watch = threading.Thread(target=system.watch, args=(ended,))
     watch.start()
-    client, buffer = system.buffer()
+    buffer = system.buffer()
     loads: list[Load] = []
 
     def load(seconds: float, rate: float | None, connections: int) -> Load:
@@ -184,16 +226,13 @@ def _measured(system: System, keys: int, *, flood: bool) -> dict[str, Any]:
         return loads[-1].run()
 
     figures: dict[str, Any] = {"keys": keys, "load average of the machine": round(os.getloadavg()[0], 1)}
-    base = client.info("memory")["used_memory"]
     # The first third fills what waits; then as much comes as is delivered.
     load(SECONDS / 3, None, 4)
     before, began = _rows(buffer), time.monotonic()
     load(SECONDS, None, 4)
     sustained = (_rows(buffer) - before) / (time.monotonic() - began)
     figures["sustained, records/s"] = round(sustained)
-    waiting = max(1, _waiting(buffer))
-    figures["waiting then"] = waiting
-    figures["Redis bytes for each of them"] = round((client.info("memory")["used_memory"] - base) / waiting)
+    figures["waiting then"] = _waiting(buffer)
     _settle(buffer)
     half = load(SECONDS, sustained / 2, 4)
     figures["at half of it: lag p50, p95, p99, most (s)"] = _lags(system, half, buffer)

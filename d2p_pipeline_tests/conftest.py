@@ -27,28 +27,26 @@ settings.register_profile("d2p", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("d2p")
 
 TESTS = Path(__file__).parent
-LONG = {TESTS / "e2e", TESTS / "faults" / "test_schedules.py", TESTS / "faults" / "test_broken_uploads.py"}
+WAITING = (
+    ("e2e/test_repair.py", "faults/test_schedules.py"),
+    ("e2e/test_up.py", "e2e/test_celery.py", "faults/test_failover.py", "faults/test_broken_uploads.py"),
+)
+"""Tests that mostly wait, in lanes that take about as long."""
 
 FULL_RECORDS = 100
 FULL_BYTES = 10_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that mostly wait come first, on every other worker, while the others use the processor.
+    """Tests that mostly wait come first on the first and on the last worker, while others use the processor.
 
     `--dist worksteal` gives each worker one run of consecutive tests to begin with.
     """
+    lanes = [[item for name in lane for item in items if item.path == TESTS / name] for lane in WAITING]
+    others = [item for item in items if not any(item in lane for lane in lanes)]
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    long = [item for item in items if LONG & {item.path, item.path.parent}]
-    others = [item for item in items if not LONG & {item.path, item.path.parent}]
-    lanes = (workers + 1) // 2
-    share = len(items) * 2 // workers if workers > 1 else len(items)
-    items.clear()
-    for lane in range(lanes):
-        first = long[lane::lanes]
-        count = max(0, share - len(first)) if lane < lanes - 1 else len(others)
-        items += first + others[:count]
-        del others[:count]
+    before = max(0, len(items) * (workers - 1) // workers - len(lanes[0]))
+    items[:] = lanes[0] + others[:before] + lanes[1] + others[before:]
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,9 @@ def pipeline(
     from d2p_pipeline.orchestration import sensor
 
     root = tmp_path / "files"
-    for name, value in {"REDIS_URL": redis_server.url, "WRITER_FILE_PATH": str(root), "BUFFER_SIZE": "100"}.items():
+    settings = {"REDIS_URL": redis_server.url, "WRITER_FILE_PATH": str(root), "BUFFER_SIZE": "100"}
+    settings["WRITE_RETRY_DELAY"] = "0.05"  # read once, with the job
+    for name, value in settings.items():
         monkeypatch.setenv(f"D2P_{name}", value)
     sensor.parts.cache_clear()
     with dg.DagsterInstance.ephemeral() as instance:

@@ -1,10 +1,10 @@
-"""A few schedules of faults; `make soak` runs as many as wanted."""
+"""Eight schedules of faults, in which every kind is drawn; `make soak` runs as many as wanted."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from d2p_pipeline_tests.faults.schedule import schedule
+from d2p_pipeline_tests.faults.schedule import KINDS, schedule
 from d2p_pipeline_tests.faults.world import World
 
 pytestmark = pytest.mark.timeout(300)
@@ -17,7 +17,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world.close()
 
 
-@pytest.mark.parametrize("seed", [5, 11])
+SEEDS = [3, 5, 9, 11, 15, 17, 63, 159]
+
+
+def test_every_kind_of_fault_is_drawn() -> None:
+    assert {fault.kind for seed in SEEDS for fault in schedule(seed).faults} == set(KINDS)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_books_balance_after_a_schedule_of_faults(world: World, seed: int) -> None:
     books = world.run(schedule(seed))
     assert books.balance, books

@@ -487,7 +487,7 @@ def test_pollers_stay_between_their_bounds_and_settle(
 
 def test_a_deep_queue_gets_more_pollers_and_an_empty_one_fewer(queue: TestQueue, redis_buffer: RedisBuffer) -> None:
     entries = [{"Id": str(n), "MessageBody": record(n)} for n in range(10)]
-    for _ in range(30):
+    for _ in range(20):
         queue.direct.send_message_batch(QueueUrl=queue.direct_url, Entries=entries)
     most = 0
 
@@ -502,7 +502,7 @@ def test_a_deep_queue_gets_more_pollers_and_an_empty_one_fewer(queue: TestQueue,
     polling(queue, redis_buffer, test)
     assert most > 1
     # A queue may give a message twice, to two pollers at that.
-    assert texts(redis_buffer) == sorted(f"m{n}" for n in range(10) for _ in range(30))
+    assert texts(redis_buffer) == sorted(f"m{n}" for n in range(10) for _ in range(20))
 
 
 # --- the generator

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("aws_environment")
 
 PART = 5 * 2**20  # the smallest that S3 takes
 SMALL = b"small"
-LARGE = bytes(range(256)) * (2 * PART // 256) + b"the last part"
+LARGE = bytes(range(256)) * (PART // 256) + b"the last part"
 
 TRANSIENT: list[Fault] = ["500", "503", "reset", "lost", "stall"]
 PERMANENT: list[Fault] = ["403", "expired"]
