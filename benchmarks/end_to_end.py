@@ -79,8 +79,11 @@ class System:
 
 def _kind(process: psutil.Process) -> str:
     command = " ".join(process.cmdline())
-    kinds = {"redis-server": "Redis", "cli.main receive": "receiver", "api grpc": "code server"}
-    kinds |= {"dagster_webserver": "webserver", "dagster._daemon": "daemon", "spawn_main": "run"}
+    if "forkserver" in command:
+        parent = process.parent()
+        return "run" if parent and "forkserver" in " ".join(parent.cmdline()) else "template of runs"
+    kinds = {"redis-server": "Redis", "cli.main receive": "receiver", "orchestration.code_server": "code server"}
+    kinds |= {"dagster_webserver": "webserver", "dagster._daemon": "daemon"}
     return next((kind for sign, kind in kinds.items() if sign in command), "other")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from d2p_pipeline.settings import Settings
 
 LOCATION = "d2p"
+_CODE = ("-m", "d2p_pipeline.definitions", "--location-name", LOCATION)
 PAUSE_SECONDS = 1.0
 PAUSE_LIMIT_SECONDS = 30.0
 STOP_SECONDS = 40.0
@@ -142,9 +143,7 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
         _initialize_instance()
         supervisor.start(
             "code server",
-            _dagster(
-                "api", "grpc", "--socket", str(socket), "-m", "d2p_pipeline.definitions", "--location-name", LOCATION
-            ),
+            _python("d2p_pipeline.orchestration.code_server", "--socket", str(socket), *_CODE),
             logs / "code-server.log",
         )
         supervisor.wait_until(lambda: _listens(settings.address, settings.port), "the receiver")

@@ -30,13 +30,13 @@ from d2p_pipeline_tests.system import System, free_port
 
 PROCESSES = {
     "daemon": "dagster._daemon",
-    "code server": "api grpc",
+    "code server": "orchestration.code_server",
     "receiver": "cli.main receive",
     "listener": "cli.main forward",
     "webserver": "dagster_webserver",
-    "run": "spawn_main",
+    "run": "multiprocessing.forkserver",
 }
-"""What a process is, by its command line; a run is a child of the code server."""
+"""What a process is, by its command line; a run is forked from one of the same."""
 KINDS = [
     *(f"{name} {what}" for name in ("daemon", "code server", "receiver", "listener") for what in ("killed", "paused")),
     *("run killed", "run killed", "run paused", "Redis killed", "Redis paused", "Redis full", "everything killed"),
@@ -113,7 +113,7 @@ class RealSystem:
                 above = parents.get(above, 0)
             line = _command(pid) if above else ""
             name = next((name for name, part in PROCESSES.items() if part in line), "")
-            if name and (name != "run" or PROCESSES["code server"] in _command(parents[pid])):
+            if name and (name != "run" or PROCESSES["run"] in _command(parents[pid])):
                 yield name, pid
 
     def close(self) -> None:

@@ -1,0 +1,31 @@
+"""The process that runs are forked from: it holds nothing that a fork would share."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LOOK = """
+import json, sys, threading
+from pathlib import Path
+import d2p_pipeline.orchestration.preloaded
+process = Path("/proc/self")
+print(json.dumps({
+    "imported": [name for name in ("dagster._daemon.controller", "polars", "pyarrow.parquet") if name in sys.modules],
+    "open": [str(file.readlink()) for file in process.joinpath("fd").iterdir() if file.is_symlink() and int(file.name) > 2],
+    "threads": threading.active_count(),
+    "native": sorted({thread.joinpath("comm").read_text().strip() for thread in process.joinpath("task").iterdir()}),
+}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_runs_are_forked_from_has_imports_and_neither_threads_nor_connections() -> None:
+    said = json.loads(subprocess.run([sys.executable, "-c", LOOK], check=True, capture_output=True, text=True).stdout)
+    assert len(said["imported"]) == 3
+    assert [name for name in said["open"] if "socket:" in name or name.endswith((".db", ".sock"))] == []
+    assert said["threads"] == 1
+    native = {name for name in said["native"] if not name.startswith("python")}
+    # jemalloc knows of forks; Polars' thread tidies what was spilled to disk, which nothing has been.
+    assert native <= {"jemalloc_bg_thd", "polars-ooc-clea"}
