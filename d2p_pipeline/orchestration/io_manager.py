@@ -13,6 +13,7 @@ from d2p_pipeline.orchestration.failures import no_retry_if_permanent
 from d2p_pipeline.orchestration.keys import key_of
 from d2p_pipeline.orchestration.markdown import code
 from d2p_pipeline.parquet.layout import capability_prefix
+from d2p_pipeline.parquet.scan import scan
 from d2p_pipeline.parquet.store import Store
 from d2p_pipeline.settings import load
 
@@ -24,7 +25,7 @@ class ParquetIOManager(dg.ConfigurableIOManager):
     """Writes the files an op returns, atomically; gives the next op what was written.
 
     A downstream asset with `parquet_files` as its input receives a Polars LazyFrame over the files of its partition's key,
-    or of all keys where it is not partitioned.
+    or of all keys where it is not partitioned. Columns of dynamic records that widened from file to file are cast.
 
     An `s3` of dagster_aws connects to the bucket instead of what the settings say; see `definitions.build_defs`.
     """
@@ -94,13 +95,9 @@ class ParquetIOManager(dg.ConfigurableIOManager):
     def _scan(self, keys: list[str] | None) -> pl.LazyFrame:
         prefixes = [""] if keys is None else [capability_prefix(key) for key in keys]
         paths = [path for prefix in prefixes for path in self.store.scan(prefix)]
-        return pl.scan_parquet(
-            paths,
-            glob=False,
-            hive_partitioning=True,
-            missing_columns="insert",
-            storage_options=self.store.storage_options(),
-        )
+        if not paths:
+            raise dg.Failure(f"there are no files yet of {', '.join(keys) if keys else 'any key'}", allow_retries=False)
+        return scan(paths, self.store.storage_options(), may_differ=load().record_type == "dynamic")
 
 
 class UnitMemory(dg.IOManager):

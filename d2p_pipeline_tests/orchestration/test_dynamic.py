@@ -5,13 +5,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import duckdb
+import polars as pl
 import pytest
 from redis import Redis
 from typer.testing import CliRunner
 
 from d2p_pipeline.buffer.protocol import Totals
 from d2p_pipeline.cli.app import app
+from d2p_pipeline.definitions import defs
 from d2p_pipeline.records.dead_letter import DeadLetter
 from d2p_pipeline_tests.pipeline import Pipeline
 from d2p_pipeline_tests.receiving import StartReceiver
@@ -94,6 +97,43 @@ def test_batches_whose_records_differ_share_a_run_and_a_reader(
     assert pipeline.flush().success
     query = f"SELECT capability FROM read_parquet('{pipeline.root}/**/*.parquet', union_by_name = true) ORDER BY 1"
     assert duckdb.execute(query).fetchall() == [("a",), ("b",), ("c",)]
+
+
+def test_a_downstream_asset_reads_columns_that_came_and_widened_and_is_told_of_those_that_cannot_be_one(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, redis_client: Redis
+) -> None:
+    monkeypatch.setenv("D2P_RECORD_TYPE", "dynamic")
+    monkeypatch.setenv("D2P_KEY_FIELDS", "k")
+    seen: list[pl.DataFrame] = []
+
+    @dg.asset(partitions_def=dg.DynamicPartitionsDefinition(name="keys"))
+    def downstream(parquet_files: pl.LazyFrame) -> None:
+        seen.append(parquet_files.collect())
+
+    def deliver(**record: Any) -> None:
+        redis_client.rpush("data:{k}", json.dumps({"k": "k", **record}).encode())
+        assert pipeline.flush().success
+
+    def load() -> dg.ExecuteInProcessResult:
+        both = dg.Definitions.merge(defs, dg.Definitions(assets=[downstream])).resolve_implicit_global_asset_job_def()
+        return both.execute_in_process(
+            instance=pipeline.instance, partition_key="k", asset_selection=[downstream.key], raise_on_error=False
+        )
+
+    deliver(amount=1, code=7, of={"a": 1})
+    deliver(amount=2.5, code="x7", of={"a": 1.5, "b": "z"}, new=[1])
+    assert load().success
+    found = seen[0].sort("amount").select("amount", "code", "of", "new", "year").rows()
+    year = datetime.now(UTC).year
+    assert found == [
+        (1.0, "7", {"a": 1.0, "b": None}, None, year),
+        (2.5, "x7", {"a": 1.5, "b": "z"}, [1], year),
+    ]
+    deliver(amount=3, of=[1])
+    failed = load()
+    assert not failed.success
+    said = [str(event.event_specific_data) for event in failed.all_node_events if event.is_step_failure]
+    assert "column 'of' has types that cannot be one column" in said[0]
 
 
 def test_convert_writes_them_too(settings: dict[str, str], tmp_path: Path) -> None:
