@@ -2,7 +2,7 @@
 
 `load` merges, strongest first, explicit values (command line flags), the `D2P_*` environment and one file; processes call
 it once, at their edge, and hand plain values inwards. A `Settings` that exists is valid as a whole: whatever is wrong is
-raised at once, in one `SettingsError`. `python -m d2p_pipeline.settings > docs/configuration.md` rewrites the reference.
+raised at once, in one `SettingsError`. docs/configuration.md is written from this module (reference.py).
 """
 
 import difflib
@@ -11,12 +11,11 @@ import json
 import os
 import re
 import socket
-import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import quote, unquote
 
 from pydantic import (
@@ -248,7 +247,6 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
     )
 
     SECTIONS: ClassVar[dict[str, str]] = {
@@ -573,7 +571,7 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """`D2P_*` variables, secrets in clear, that give a child process these settings without the file."""
         given = sorted(self.model_fields_set - {"config"})
-        return {ENV_PREFIX + name.upper(): _as_text(getattr(self, name)) for name in given}
+        return {ENV_PREFIX + name.upper(): as_text(getattr(self, name)) for name in given}
 
     def redis_dsn(self) -> str | None:
         """URL of the configured Redis, password in clear; None when neither `redis_url` nor `redis_host` is given."""
@@ -839,11 +837,11 @@ def _without_secrets(url: str) -> str:
     return re.sub(r"((password|key|token|sig)=)[^&]*", rf"\1{HIDDEN}", url, flags=re.IGNORECASE)
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, tuple):
-        return ",".join(map(_as_text, value))
+        return ",".join(map(as_text, value))
     return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
@@ -921,85 +919,3 @@ def fluent_name(name: str) -> str:
     """`redis_dlq_prefix` as a Fluent Bit key: `RedisDLQPrefix`."""
     capitals = {"arn", "db", "dlq", "hmac", "s3", "sts", "tls", "ttl", "url"}
     return "".join(word.upper() if word in capitals else word.capitalize() for word in name.split("_"))
-
-
-def reference() -> str:
-    """The text of docs/configuration.md: every setting, from the class alone."""
-    lines = [_PREFACE]
-    for name, field in Settings.model_fields.items():
-        if name in Settings.SECTIONS:
-            lines += ["", f"## {Settings.SECTIONS[name]}", ""]
-            lines += ["| setting | environment | Fluent Bit | default | meaning |", "|---|---|---|---|---|"]
-        cells = (
-            f"`{name}`",
-            f"`{ENV_PREFIX}{name.upper()}`",
-            "" if name == "config" else f"`{fluent_name(name)}`",
-            _shown_default(field),
-            _meaning(field),
-        )
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", _RETIRED_PREFACE, "", "| name | instead |", "|---|---|"]
-    lines += [f"| `{name}` | {instead} |" for name, instead in RETIRED.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _shown_default(field: FieldInfo) -> str:
-    if isinstance(field.json_schema_extra, dict):
-        return str(field.json_schema_extra["default"])
-    default = field.default
-    if default is None or default == ():
-        return ""
-    if isinstance(default, int) and default >= 2**20:
-        return f"`{default}` ({default // 2**20} MiB)"
-    text = f"{default:g}" if isinstance(default, float) else _as_text(default)
-    return f"`{text}`"
-
-
-def _meaning(field: FieldInfo) -> str:
-    meaning = " ".join((field.description or "").split())
-    if get_origin(field.annotation) is not Literal:
-        return meaning
-    return f"{meaning} One of {', '.join(f'`{choice}`' for choice in get_args(field.annotation))}."
-
-
-_PREFACE = """# Configuration
-
-<!-- Written by `python -m d2p_pipeline.settings > docs/configuration.md`; change d2p_pipeline/settings.py instead. -->
-
-Settings come from three places, the strongest first:
-
-1. flags of the command line,
-2. the environment: `D2P_` and the setting's name in capitals,
-3. the file that `--config` or `D2P_CONFIG` names.
-
-`d2p config` prints the settings in force and where each comes from. Everything that is wrong is reported at once, and a
-name that is no setting is an error that names the nearest one. (What Kubernetes adds for a Service called `d2p`, such as
-`D2P_PORT=tcp://…` and `D2P_SERVICE_HOST`, is passed over.)
-
-The file is a JSON object, TOML, or a Fluent Bit configuration in classic notation, of which the `[OUTPUT]` section named
-`out_parquet` (or the only one) is read; keys that Fluent Bit itself knows, such as `Match`, are left to it, and
-`${NAME}` stands for a variable of the environment. In every format a setting may be written in its own or in its Fluent
-Bit form; case and underscores make no difference. An empty value means: not given. A name that begins with an underscore is
-switched off. Sizes are bytes, or carry a unit: `64MiB`, `1GB`.
-
-Files written for Data2Parquet-go load as they are, except that `use_hmac` needs `hmac_key` and that an `address` beyond
-loopback needs `tokens`. These settings mean something else than there:
-
-- Values are not silently moved into a range. A small one, such as a `buffer_size` of 10, a `flush_interval` of 0.5 or a
-  `writer_row_group_size` of 512, is taken as it is; zero, a negative number and an unknown choice are errors.
-- `buffer_type` is `redis` by default, with an embedded server where none is configured, not `mem`.
-- `use_dlq` is true by default, because nothing is lost here unless that is asked for.
-- `redis_lock_ttl` is 1.5 × `flush_interval` by default, as documented there, and not endless.
-- `try_auto_recover` is true and `recovery_attempts` 3 by default: what can heal itself waits for nobody.
-- `default_capability` has no default; a record without a capability is a dead letter, not `undefined`.
-- `redis_timeout` is in seconds, and `address` is loopback by default."""
-
-_RETIRED_PREFACE = """## Names that are no settings any more
-
-They are accepted, in either form, and have no effect, which a note says. Two exceptions, where what they stand for is not
-given itself: `s3_role_name` with `s3_account` is read as the `s3_role_arn` they amount to, and `disable_log_colors` as
-`log_formatter = "text"`."""
-
-
-if __name__ == "__main__":
-    sys.stdout.write(reference())

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from pydantic import SecretStr, ValidationError
 
-from d2p_pipeline.settings import HIDDEN, RETIRED, Settings, SettingsError, fluent_name, load, reference
+from d2p_pipeline.reference import reference
+from d2p_pipeline.settings import HIDDEN, RETIRED, Settings, SettingsError, fluent_name, load
 
 SAMPLES = Path(__file__).parent / "fixtures" / "predecessors"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -777,7 +778,7 @@ def test_importing_the_settings_imports_nothing_heavy() -> None:
 
 
 def test_the_reference_is_up_to_date() -> None:
-    assert DOCUMENT.read_text("utf-8") == reference(), "run: python -m d2p_pipeline.settings > docs/configuration.md"
+    assert DOCUMENT.read_text("utf-8") == reference(), "run: python -m d2p_pipeline.reference > docs/configuration.md"
 
 
 def test_the_reference_describes_every_setting() -> None:

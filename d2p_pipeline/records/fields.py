@@ -3,17 +3,22 @@
 
 The Arrow schema, the strict type of a canonical line, the column checks (validate.py) and the documentation all read
 `LOG_FIELDS`; nothing else in the project lists field names. The order is that of the predecessors' files.
-pyarrow has no type information, hence `standard` above.
+pyarrow has no type information, hence `standard` above; it is imported by who asks for a schema of it, as the receiver and
+the command line do not.
 """
+
+from __future__ import annotations
 
 import datetime
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SCHEMA_VERSION = "1"
 """Of the files: changes when a column changes its name or type."""
@@ -103,6 +108,8 @@ def arrow_schema(unit: TimestampUnit = "us", style: ColumnNames = "kebab") -> pa
 
     Columns are nullable, the required ones too: nulls are found by validation, which can name the record.
     """
+    import pyarrow as pa
+
     return pa.schema(
         [
             _arrow_field(column_name(field.name, style), _arrow_type(field.kind, position, unit), position)
@@ -169,10 +176,14 @@ _DOCUMENTED: dict[Kind, str] = {
 
 
 def _arrow_field(name: str, kind: pa.DataType, field_id: int, nullable: bool = True) -> pa.Field:
+    import pyarrow as pa
+
     return pa.field(name, kind, nullable=nullable, metadata={"PARQUET:field_id": str(field_id)})
 
 
 def _arrow_type(kind: Kind, position: int, unit: TimestampUnit) -> pa.DataType:
+    import pyarrow as pa
+
     # Ids of children depend on their own field alone, so a field added at the end renumbers nothing.
     child = _CHILD_ID_BASE + 10 * position
     match kind:
