@@ -82,6 +82,27 @@ def test_one_server_with_user_password_and_database(start: Start) -> None:
     asyncio.run(ask())
 
 
+def test_a_reply_that_came_too_late_is_not_taken_for_the_next_one(start: Start) -> None:
+    url = f"redis://127.0.0.1:{start()}"
+    until(lambda: Redis.from_url(url).ping())
+    client = connect(url)
+    assert isinstance(client, Redis)
+    assert_delivers(client)  # what sends a script that the server does not know yet
+
+    async def ask() -> None:
+        way = line(url, timeout=0.3)
+        assert way
+        assert await way.ask(Call("push", ["1", "2", "3", "4", "5"], [60, 1, 5, b"chunk", 0, 0])) == [[1, 5, 1]]
+        client.client_pause(60_000)
+        with pytest.raises(TimeoutError):
+            await way.ask(Call("push", ["1", "2", "3", "4", "6"], [60, 1, 5, b"chunk", 0, 0]))
+        client.client_unpause()
+        assert await way.ask(Call("push", ["11", "12", "13", "14", "15"], [60, 1, 7, b"another", 0, 0])) == [[1, 7, 1]]
+        await way.close()
+
+    asyncio.run(ask())
+
+
 def test_a_cluster_of_three_masters(redis_servers: RedisServers) -> None:
     ports = redis_servers.cluster()
     url = f"redis+cluster://127.0.0.1:{ports[1]}"
