@@ -1,4 +1,4 @@
-/* Preloaded into Redis, shifts the clock it goes by. The file named by D2P_TEST_CLOCK holds the seconds, as a 64-bit number. */
+/* Preloaded into a process, shifts the clock it goes by. The file named by TEST_CLOCK holds the seconds, as a 64-bit number. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -11,7 +11,7 @@
 static volatile int64_t *offset;
 
 __attribute__((constructor)) static void open_clock(void) {
-    int file = open(getenv("D2P_TEST_CLOCK"), O_RDONLY);
+    int file = open(getenv("TEST_CLOCK"), O_RDONLY);
     void *page = mmap(NULL, sizeof(int64_t), PROT_READ, MAP_SHARED, file, 0);
     if (page == MAP_FAILED)
         abort();

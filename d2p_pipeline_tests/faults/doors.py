@@ -15,13 +15,23 @@ from d2p_pipeline.buffer.embedded import end_with_parent
 
 class Door:
     """A command in a process group of its own, so that a signal reaches its workers too; `port` is where it listens, if it
-    does."""
+    does. `environment`: beside the settings."""
 
-    def __init__(self, command: str, directory: Path, settings: Mapping[str, str], *, listens: bool = True) -> None:
+    def __init__(
+        self,
+        command: str,
+        directory: Path,
+        settings: Mapping[str, str],
+        environment: Mapping[str, str],
+        *,
+        listens: bool = True,
+    ) -> None:
         self.port = _free_port() if listens else 0
         self.log = directory / f"{command}-{self.port}.log"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("D2P_")}
-        self._environment = environment | {f"D2P_{name.upper()}": value for name, value in settings.items()}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("D2P_")}
+        self._environment = (
+            inherited | {f"D2P_{name.upper()}": value for name, value in settings.items()} | {**environment}
+        )
         self._command = [sys.executable, "-m", "d2p_pipeline.cli.main", command]
         self._command += ["--port", str(self.port)] if listens else []
         self.start()

@@ -68,8 +68,9 @@ def line(key: str, number: str) -> bytes:
 
 
 class Producer(threading.Thread):
-    """Sends as many batches as it is given leave to, one after the other, until told to stop. Names, and so numbers, belong to
-    a seed: what a process stores when it wakes up under the next schedule is told apart."""
+    """Sends as many batches as it is given leave to, one after the other, until told to stop. Its seed decides their keys, their
+    sizes and their order, whatever becomes of them. Names, and so numbers, belong to a seed: what a process stores when it wakes
+    up under the next schedule is told apart."""
 
     is_ordered = True
     """Whether its door keeps the order in which it sends."""
@@ -79,6 +80,7 @@ class Producer(threading.Thread):
         self.account = Account()
         self._random = Random(f"{seed} {name}")
         self._leave = threading.Semaphore(0)
+        self._sent = threading.Semaphore(0)
         self._ending = threading.Event()
         self._next = 0
 
@@ -89,15 +91,21 @@ class Producer(threading.Thread):
             self._next += len(numbers)
             outcome = self.send(numbers[0], b"\n".join(line(key, n) for n in numbers), key)
             self.account.settle(key if self.is_ordered else numbers[0], numbers, outcome)
+            self._sent.release()
 
     def send(self, name: str, body: bytes, key: str) -> str:
         raise NotImplementedError
 
-    def give_leave(self, batches: int) -> None:
-        """To send so many more, if it has sent all of the last."""
-        while self._leave.acquire(blocking=False):
+    def give_leave(self, batches: int, *, at_most: bool = False) -> None:
+        """To send so many more; `at_most`: and none of the earlier ones that it has not sent yet."""
+        while at_most and self._leave.acquire(blocking=False):
             pass
         self._leave.release(batches)
+
+    def finish(self, batches: int) -> None:
+        """Wait until it has sent so many in all."""
+        for _ in range(batches):
+            assert self._sent.acquire(timeout=120)
 
     def stop(self) -> Account:
         self._ending.set()
@@ -117,6 +125,7 @@ class HttpProducer(Producer):
     def __init__(self, name: str, seed: int, urls: list[str]) -> None:
         super().__init__(name, seed)
         self._urls = urls
+        self._ways = Random(f"{seed} {name} ways")
         self._http = httpx.Client(timeout=5, trust_env=False)
 
     def close(self) -> None:
@@ -125,7 +134,7 @@ class HttpProducer(Producer):
     def send(self, name: str, body: bytes, key: str) -> str:
         outcome, deadline = "refused", time.monotonic() + REPEAT_SECONDS
         while time.monotonic() < deadline:
-            url = self._random.choice(self._urls)
+            url = self._ways.choice(self._urls)
             try:
                 answer = self._http.post(f"{url}/records", content=body, headers={"idempotency-key": name})
             except httpx.TransportError as error:

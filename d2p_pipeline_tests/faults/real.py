@@ -161,7 +161,7 @@ class _Run:
     def pace(self) -> None:
         while not self.ending.wait(1):
             for producer in self.producers:
-                producer.give_leave(BATCHES_PER_SECOND[type(producer)])
+                producer.give_leave(BATCHES_PER_SECOND[type(producer)], at_most=True)
 
     def wait_for_rest(self) -> None:
         deadline = time.monotonic() + SETTLE_SECONDS

@@ -1,5 +1,5 @@
-"""A schedule of faults, made from a seed: the same seed gives the same faults at the same moments, against the same server
-and the same kind of target.
+"""A schedule of faults, made from a seed: the same seed gives the same faults at the same steps, and in the processes they
+strike at the same call, against the same server and the same kind of target; and the same records by the same producers.
 
 How processes interleave between the faults is theirs to decide, so a seed repeats the blows, not every microsecond.
 """
@@ -40,10 +40,13 @@ Kind = Literal[
     "directory blocked",
     "S3 breaks",
     "S3 stalls",
+    "doors under another clock",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _LOCAL: set[Kind] = {"run without disk space", "run refused by the disk", "directory blocked"}
 _S3: set[Kind] = {"S3 breaks", "S3 stalls"}
+_BESIDE: set[Kind] = {"doors under another clock"}
+"""Drawn after all others, so that a seed keeps those it always gave."""
 
 RUN_POINTS = ["plan", "read", "check", "build", "announce", "writes", "acknowledge"]
 """Steps of every run that has something to deliver."""
@@ -89,7 +92,8 @@ def schedule(seed: int, steps: int = 4) -> Schedule:
     """One fault per step or more, of kinds chosen at random. Every fourth schedule writes to S3."""
     random = Random(seed)
     target: Target = "s3" if seed % 8 in (3, 6) else "local"
-    kinds: list[Kind] = [kind for kind in KINDS if kind not in (_LOCAL if target == "s3" else _S3)]
+    left_out = _BESIDE | (_LOCAL if target == "s3" else _S3)
+    kinds: list[Kind] = [kind for kind in KINDS if kind not in left_out]
     faults: list[Fault] = []
     for _ in range(random.randint(steps, steps + 3)):
         kind: Kind = random.choice(kinds)
@@ -108,5 +112,9 @@ def schedule(seed: int, steps: int = 4) -> Schedule:
         when = "before" if kind == "run refused by the disk" else random.choice(["before", "after"])
         point = f"{when}:{step}:{number}"
         faults.append(Fault(random.randrange(steps), kind, random.randint(1, 3), point, random.randrange(1 << 16)))
+    shared_runs = random.random() < 0.7
+    for kind in sorted(_BESIDE):
+        if random.random() < 0.3:
+            faults.append(Fault(random.randrange(steps), kind, random.randint(1, 3), choice=random.randrange(1 << 16)))
     faults.sort(key=lambda fault: fault.at)
-    return Schedule(seed, steps, "newer" if seed % 2 else "6.2", target, random.random() < 0.7, tuple(faults))
+    return Schedule(seed, steps, "newer" if seed % 2 else "6.2", target, shared_runs, tuple(faults))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from d2p_pipeline_tests.faults.producers import Producer
 from d2p_pipeline_tests.faults.schedule import KINDS, schedule
 from d2p_pipeline_tests.faults.world import World
 
@@ -22,6 +23,31 @@ SEEDS = [3, 5, 9, 11, 15, 17, 63, 159]
 
 def test_every_kind_of_fault_is_drawn() -> None:
     assert {fault.kind for seed in SEEDS for fault in schedule(seed).faults} == set(KINDS)
+
+
+class Telling(Producer):
+    """Sends nowhere, and is told one outcome of all."""
+
+    def __init__(self, outcome: str) -> None:
+        super().__init__("p", 5)
+        self.outcome, self.sent = outcome, list[bytes]()
+
+    def send(self, name: str, body: bytes, key: str) -> str:
+        self.sent.append(body)
+        return self.outcome
+
+
+def test_a_seed_sends_the_same_records_whatever_becomes_of_them() -> None:
+    producers = [Telling("accepted"), Telling("unknown")]
+    for producer in producers:
+        producer.start()
+        for _ in range(2):
+            producer.give_leave(20)
+        producer.finish(40)
+        producer.stop()
+    one, other = (producer.sent for producer in producers)
+    assert one == other
+    assert len(one) == 40
 
 
 @pytest.mark.parametrize("seed", SEEDS)

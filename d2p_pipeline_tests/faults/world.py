@@ -84,6 +84,20 @@ def _clock_library(directory: Path) -> Path | None:
     return library
 
 
+class Clock:
+    """The clock that processes with this `environment` go by; steps where `library` could be compiled."""
+
+    def __init__(self, file: Path, library: Path | None) -> None:
+        self._file = file
+        self._file.write_bytes(bytes(8))
+        self.environment = {"LD_PRELOAD": str(library), "TEST_CLOCK": str(file)} if library else {}
+
+    def step(self, seconds: int) -> None:
+        """How far it is off from now on."""
+        with self._file.open("r+b") as file:
+            file.write(seconds.to_bytes(8, "little", signed=True))
+
+
 class World:
     """The processes that outlast a schedule: Redis, moto's server and the doors."""
 
@@ -91,9 +105,10 @@ class World:
         self.directory = directory
         self._binary = servers()[server]
         self._queue = f"records-{server[0]}"
-        self._clock_file = directory / "clock"
-        self.set_clock(0)
-        self.has_clock = _clock_library(directory) is not None
+        library = _clock_library(directory)
+        self.clock_of_redis, self.clock_of_doors = (
+            Clock(directory / f"clock-{of}", library) for of in ("redis", "doors")
+        )
         self.redis = self._start_redis()
         self.client = Redis.from_url(self.redis.url)
         with _environment(AWS):
@@ -107,11 +122,12 @@ class World:
             self.queue_url: str = self.sqs.create_queue(QueueName=self._queue)["QueueUrl"]
             self.proxy = Proxy(url).__enter__()
             settings = {"redis_url": self.redis.url, "redis_timeout": "3"}
-            self.receivers = [Door("receive", directory, settings) for _ in range(2)]
-            self.listener = Door("forward", directory, settings)
+            clock = self.clock_of_doors.environment
+            self.receivers = [Door("receive", directory, settings, clock) for _ in range(2)]
+            self.listener = Door("forward", directory, settings, clock)
             queue = {"sqs_queue_url": self.queue_url, "sqs_endpoint": url, "sqs_region": REGION}
             queue |= {"sqs_visibility": "10", "sqs_wait": "1", "sqs_max_pollers": "2"}
-            self.poller = Door("sqs", directory, settings | queue, listens=False)
+            self.poller = Door("sqs", directory, settings | queue, clock, listens=False)
         for door in self.doors:
             door.wait()
         assert Struck(_nothing, [], directory / "first.log").wait() == 0  # the server of forks is there from now on
@@ -129,9 +145,7 @@ class World:
         self.redis.stop()
 
     def _start_redis(self) -> EmbeddedRedis:
-        library = _clock_library(self.directory)
-        preload = {"LD_PRELOAD": str(library), "D2P_TEST_CLOCK": str(self._clock_file)} if library else {}
-        with _environment(preload):
+        with _environment(self.clock_of_redis.environment):
             return EmbeddedRedis(self.directory / "redis", server=self._binary).start()
 
     def restart_redis(self) -> None:
@@ -140,13 +154,6 @@ class World:
         self.redis.process.wait()
         self.redis.stop()
         self.redis = self._start_redis()
-
-    def set_clock(self, seconds: int) -> None:
-        """Step the clock that Redis goes by."""
-        if not self._clock_file.exists():
-            self._clock_file.write_bytes(bytes(8))
-        with self._clock_file.open("r+b") as file:
-            file.write(seconds.to_bytes(8, "little", signed=True))
 
     def messages_left(self) -> int:
         """Messages that wait or are being worked on; of those whose poller is gone, the time is over now."""
@@ -260,6 +267,8 @@ class _Course:
                     self.let_time_pass(buffer)
         finally:
             self.undo_until(None)
+        for producer in producers:
+            producer.finish(self.schedule.steps * _BATCHES_PER_STEP[type(producer)])
         accounts = [producer.stop() for producer in producers]
         self.settle(buffer)
         batches = batches_of(self.files(), self.sealed)
@@ -376,6 +385,7 @@ class _Course:
             "ticks": self.tick_at_once,
             "two": self.start_daemon,
             "tick": lambda fault, _: self.next_ticks.append(fault),
+            "doors": self.step_clock_of_doors,
             "receiver": partial(self.strike_door, world.receivers[fault.choice % 2]),
             "listener": partial(self.strike_door, world.listener),
             "poller": partial(self.strike_door, world.poller),
@@ -484,12 +494,20 @@ class _Course:
     def step_clock(self, fault: Fault, until: int) -> None:
         """Forward, where every lease ends at once, or back; later to where it was."""
         live = [run for run in self.runs if not run.has_ended()]
-        if not self.world.has_clock or any(run.can_be_killed for run in live):
+        clock = self.world.clock_of_redis
+        if not clock.environment or any(run.can_be_killed for run in live):
             return
         self.suffered.update(live)
-        self.world.set_clock(CLOCK_STEP if fault.choice % 2 else -CLOCK_STEP)
-        self.undo.append((until, lambda: self.world.set_clock(0)))
+        clock.step(CLOCK_STEP if fault.choice % 2 else -CLOCK_STEP)
+        self.undo.append((until, lambda: clock.step(0)))
         self.books.struck[fault.kind] += 1
+
+    def step_clock_of_doors(self, fault: Fault, until: int) -> None:
+        clock = self.world.clock_of_doors
+        if clock.environment:
+            clock.step(int(_wrong(fault)))
+            self.undo.append((until, lambda: clock.step(0)))
+            self.books.struck[fault.kind] += 1
 
     def block(self, fault: Fault, until: int) -> None:
         """A file where a key's directory should be; only as long as nothing has been written for the key."""
