@@ -13,6 +13,7 @@ from d2p_pipeline.buffer.protocol import Batch, BatchRef, Seal, Totals
 from d2p_pipeline.orchestration.sensor import buffer_sensor
 from d2p_pipeline_tests.faults.struck_run import StruckRun
 from d2p_pipeline_tests.pipeline import Pipeline, line
+from d2p_pipeline_tests.system import until
 
 POINTS = [
     "before:plan:1",
@@ -57,13 +58,12 @@ def test_a_killed_run_repeated_gives_what_an_undisturbed_run_gives(
     point: str,
 ) -> None:
     monkeypatch.setenv("D2P_UNIT_BYTES", "500")
-    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "1")
+    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "0.5")
     batch = sealed(pipeline, redis_client)
     died = StruckRun(tmp_path / "log", [batch.ref], point)
     assert died.wait() == -signal.SIGKILL, died.output()
     written_before = contents(pipeline.root) if pipeline.root.exists() else {}
-    while pipeline.buffer.is_claimed(batch.ref):
-        pass  # the dead run's lease ends by itself
+    until(lambda: not pipeline.buffer.is_claimed(batch.ref))  # the dead run's lease ends by itself
     assert pipeline.flush(batch.ref).success
     after = contents(pipeline.root)
     assert {path: after[path] for path in written_before} == written_before
@@ -84,12 +84,11 @@ def test_a_run_paused_past_its_lease_wakes_up_to_find_its_work_done(
     pipeline: Pipeline, redis_client: Redis, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point: str
 ) -> None:
     monkeypatch.setenv("D2P_UNIT_BYTES", "500")
-    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "1")
+    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "0.5")
     batch = sealed(pipeline, redis_client)
     paused = StruckRun(tmp_path / "log", [batch.ref], point, signal.SIGSTOP)
     paused.wait_until_paused()
-    while pipeline.buffer.is_claimed(batch.ref):
-        pass
+    until(lambda: not pipeline.buffer.is_claimed(batch.ref))
     assert pipeline.flush(batch.ref).success
     before = contents(pipeline.root)
     paused.resume()
@@ -108,7 +107,7 @@ def test_a_run_paused_past_its_lease_wakes_up_to_find_its_work_done(
 def test_what_a_run_was_going_on_with_when_it_was_killed_is_taken_up_by_the_sensor(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point: str
 ) -> None:
-    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "1")
+    monkeypatch.setenv("D2P_REDIS_LOCK_TTL", "0.5")
     lines = [line(message=f"sealed {hour}", time=f"2026-11-21T{hour}:00:00Z") for hour in (10, 11)]
     pipeline.receive(lines, name="first")
     [batch] = pipeline.buffer.seal([Seal("payments", "B1", "age")])
