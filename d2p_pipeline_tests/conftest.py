@@ -14,6 +14,7 @@ from d2p_pipeline.buffer.memory import MemoryBuffer
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Buffer
 from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline_tests.fixtures.s3 import SMALL_PART
 
 pytest_plugins = [
     "d2p_pipeline_tests.pipeline",
@@ -23,8 +24,15 @@ pytest_plugins = [
 ]
 
 # How long an example takes says nothing on a machine that does other things too.
-settings.register_profile("d2p", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "d2p",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=100 if os.environ.get("FULL_SIZE") == "1" else 40,
+)
 settings.load_profile("d2p")
+# moto reads it when it is imported: uploads of many parts need not be large where only their number matters.
+os.environ["S3_UPLOAD_PART_MIN_SIZE"] = str(SMALL_PART)
 
 TESTS = Path(__file__).parent
 WAITING = (

@@ -60,7 +60,8 @@ def test_what_is_sent_is_in_s3_once_and_in_the_ui_over_restarts_of_the_system_an
     assert httpx.post(f"http://127.0.0.1:{system.port}/records", content=line()).status_code == 401
     post(system, "payments", "first")
     assert httpx.post(f"http://127.0.0.1:{system.port}/flush/", headers=BEARER).status_code == 202
-    until(lambda: messages(s3_service, bucket) == ["first"])
+    until(lambda: any(key.endswith(".parquet") for key in s3_service.keys(bucket)))
+    assert messages(s3_service, bucket) == ["first"]
     a_delivery_is_shown(system, s3_service.keys(bucket))
     assert "payments" in secrets_are_nowhere(system)
     post(system, "payments", "second")
@@ -85,8 +86,9 @@ def test_what_is_sent_is_in_s3_once_and_in_the_ui_over_restarts_of_the_system_an
             redis = EmbeddedRedis(system_home(systems[0]) / "redis").start()
     with Redis.from_url(redis.url) as producer:
         producer.rpush("data:{foreign}", line("foreign", "pushed"))
+        buffer = RedisBuffer(producer, Names(), full_records=10, full_bytes=1000)
+        until(lambda: sum(totals.rows for _, totals in buffer.totals()) == 24)
     expected = sorted([f"{number:03}" for number in range(20)] + ["first", "second", "third", "pushed"])
-    until(lambda: len(messages(s3_service, bucket)) >= len(expected))
     for system in systems:
         secrets_are_nowhere(system)
         assert system.stop() == 0

@@ -7,6 +7,7 @@ not soon enough, puts the batch into recovery. When the faults are over, everyth
 import base64
 import io
 import os
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,9 @@ from redis import Redis
 from d2p_pipeline.buffer.protocol import BatchRef, Seal, Totals
 from d2p_pipeline.orchestration.flush import retry_policy
 from d2p_pipeline.orchestration.keys import RECOVERY
-from d2p_pipeline_tests.fixtures.s3 import REGION, Fault, Proxy, Service
+from d2p_pipeline.parquet import s3
+from d2p_pipeline.parquet.s3 import S3Store
+from d2p_pipeline_tests.fixtures.s3 import REGION, SMALL_PART, Fault, Proxy, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_proxy as s3_proxy
 from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
@@ -24,8 +27,15 @@ from d2p_pipeline_tests.pipeline import Pipeline, line
 TRANSIENT: list[Fault] = ["500", "503", "reset", "lost", "stall"]
 PERMANENT: list[Fault] = ["403", "expired"]
 STEPS = ["PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"]
-LONG = base64.b64encode(os.urandom(4 * 2**20)).decode()
-"""Takes more than one part of 5 MiB; compression does not help."""
+LONG = base64.b64encode(os.urandom(SMALL_PART)).decode()
+"""Takes more than one part; compression does not help."""
+
+
+class SmallParts(S3Store):
+    """With parts smaller than the settings allow."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options | {"part_bytes": SMALL_PART})
 
 
 @pytest.fixture
@@ -36,13 +46,13 @@ def bucket(s3_service: Service, s3_proxy: Proxy, aws_environment: None, monkeypa
         "S3_BUCKET_NAME": name,
         "S3_REGION": REGION,
         "S3_ENDPOINT": s3_proxy.url,
-        "S3_PART_BYTES": "5MiB",
         "S3_ATTEMPTS": "1",
         "S3_TIMEOUT": "4",
         "RECOVERY_DELAY": "0.001",
         "UNIT_BYTES": "1",  # each batch is a unit of its own, and fails by itself
     }.items():
         monkeypatch.setenv(f"D2P_{setting}", value)
+    monkeypatch.setattr(s3, "S3Store", SmallParts)
     return name
 
 

@@ -7,16 +7,15 @@ import pytest
 
 from d2p_pipeline.parquet.errors import PermanentStoreError, StoreError, TransientStoreError
 from d2p_pipeline.parquet.s3 import Bucket, Role, S3Store
-from d2p_pipeline_tests.fixtures.s3 import REGION, Fault, Proxy, Service
+from d2p_pipeline_tests.fixtures.s3 import REGION, SMALL_PART, Fault, Proxy, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_proxy as s3_proxy
 from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
 
 pytestmark = pytest.mark.usefixtures("aws_environment")
 
-PART = 5 * 2**20  # the smallest that S3 takes
 SMALL = b"small"
-LARGE = bytes(range(256)) * (PART // 256) + b"the last part"
+LARGE = bytes(range(256)) * (SMALL_PART // 256) + b"the last part"
 
 TRANSIENT: list[Fault] = ["500", "503", "reset", "lost", "stall"]
 PERMANENT: list[Fault] = ["403", "expired"]
@@ -38,7 +37,7 @@ def bucket(s3_service: Service, s3_proxy: Proxy) -> Bucket:
 
 
 def open_store(bucket: Bucket, *, attempts: int = 1, timeout: float = 20.0) -> S3Store:
-    return S3Store(bucket, attempts=attempts, timeout=timeout, part_bytes=PART)
+    return S3Store(bucket, attempts=attempts, timeout=timeout, part_bytes=SMALL_PART)
 
 
 @pytest.mark.parametrize(("step", "data", "fault"), BREAKS)

@@ -138,7 +138,7 @@ def _lines(draw: st.DrawFn) -> bytes:
     return text.encode()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(_lines() | st.binary(max_size=6).filter(lambda text: b"\n" not in text), max_size=6))
 def test_whatever_the_lines_the_number_of_bytes_never_deceives(lines: list[bytes]) -> None:
     bulk, single = in_bulk(*lines), one_by_one(*lines)

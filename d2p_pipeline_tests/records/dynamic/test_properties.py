@@ -173,7 +173,7 @@ types = st.recursive(
 
 
 @given(st.data())
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_a_valid_record_is_a_row_and_an_invalid_one_a_dead_letter_that_names_the_place(data: st.DataObject) -> None:
     members = data.draw(st.dictionaries(st.sampled_from(["x", "Y_z", "a b"]), types, min_size=1, max_size=3))
     key = {"type": "string"}
