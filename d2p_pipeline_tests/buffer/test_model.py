@@ -11,6 +11,7 @@ and the acknowledgement that tells it so (docs/reliability.md).
 """
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -456,7 +457,7 @@ def check(make: Callable[[], Machine]) -> None:
     )
 
 
-EXAMPLES, STEPS = 60, 60
+EXAMPLES, STEPS = (60 if os.environ.get("FULL_SIZE") == "1" else 30), 60
 
 
 def test_every_record_once_in_memory() -> None:

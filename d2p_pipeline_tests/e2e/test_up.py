@@ -71,11 +71,13 @@ def test_what_is_sent_is_in_s3_once_and_in_the_ui_over_restarts_of_the_system_an
     # The system's own Redis, in our hands: the system finds it where it would start it.
     redis = EmbeddedRedis(system.directory / ".d2p" / "redis").start()
     forward_port = str(free_port())
-    settings |= {"flush_interval": "3", "own_runs": "0", "forward_shared_key": ""}
+    settings |= {"flush_interval": "5", "own_runs": "0", "forward_shared_key": ""}
     systems = [start("one", forward_port=forward_port, **settings), start("two", redis_url=redis.url, **settings)]
     for system in systems:
         system.wait()
     forward_sender.send([line("payments", "third")], f"127.0.0.1:{forward_port}")
+    with Redis.from_url(redis.url) as producer:
+        producer.rpush("data:{foreign}", line("foreign", "pushed"))
     for number in range(20):
         post(systems[number % 2], f"key {number // 2 % 2}", f"{number:03}")
         if number == 10:
@@ -84,9 +86,8 @@ def test_what_is_sent_is_in_s3_once_and_in_the_ui_over_restarts_of_the_system_an
             redis.process.wait()
             redis.stop()
             redis = EmbeddedRedis(system_home(systems[0]) / "redis").start()
-    with Redis.from_url(redis.url) as producer:
-        producer.rpush("data:{foreign}", line("foreign", "pushed"))
-        buffer = RedisBuffer(producer, Names(), full_records=10, full_bytes=1000)
+    with Redis.from_url(redis.url) as client:
+        buffer = RedisBuffer(client, Names(), full_records=10, full_bytes=1000)
         until(lambda: sum(totals.rows for _, totals in buffer.totals()) == 24)
     expected = sorted([f"{number:03}" for number in range(20)] + ["first", "second", "third", "pushed"])
     for system in systems:

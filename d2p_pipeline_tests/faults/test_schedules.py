@@ -1,4 +1,4 @@
-"""Eight schedules of faults, in which every kind is drawn; `make soak` runs as many as wanted."""
+"""Six schedules of faults, in which every kind is drawn; `make soak` runs as many as wanted."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world.close()
 
 
-SEEDS = [3, 5, 9, 11, 15, 17, 63, 159]
+SEEDS = [5, 553, 1099, 3397, 3437, 3847]
 
 
 def test_every_kind_of_fault_is_drawn() -> None:

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.ingest import openapi
 from d2p_pipeline.ingest.tokens import TokenFileError, Tokens, read
 from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver
+from d2p_pipeline_tests.system import until
 
 GOOD: dict[str, Any] = {
     "time": "2026-11-21T10:00:00Z",
@@ -121,13 +121,6 @@ def test_unreadable_certificates_end_it_with_exit_code_2(start_receiver: StartRe
 
 
 # --- tokens
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(100_000):
-        if condition():
-            return
-    raise AssertionError("it never came true")
 
 
 def test_tokens_of_a_file_rotate_without_a_restart(
