@@ -90,10 +90,10 @@ def test_a_reply_that_came_too_late_is_not_taken_for_the_next_one(start: Start) 
     assert_delivers(client)  # what sends a script that the server does not know yet
 
     async def ask() -> None:
-        way = line(url, timeout=0.3)
+        way = line(url, timeout=1)
         assert way
         assert await way.ask(Call("push", ["1", "2", "3", "4", "5"], [60, 1, 5, b"chunk", 0, 0])) == [[1, 5, 1]]
-        client.client_pause(60_000)
+        client.client_pause(60_000, all=False)
         with pytest.raises(TimeoutError):
             await way.ask(Call("push", ["1", "2", "3", "4", "6"], [60, 1, 5, b"chunk", 0, 0]))
         client.client_unpause()
