@@ -8,6 +8,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import stat
 import subprocess
 import sys
 from collections import deque
@@ -31,8 +32,16 @@ def cores() -> int:
 
 def for_files(names: Sequence[str], count: int) -> "Workers | None":
     """Workers, if it is worth their start to convert those of the names that are files."""
-    files = filter(Path.is_file, map(Path, names))
-    return Workers(count) if sum(file.stat().st_size for file in files) >= _WORTH else None
+    return Workers(count) if sum(map(_size, names)) >= _WORTH else None
+
+
+def _size(name: str) -> int:
+    """Bytes of a file; none of what is no file, or no name."""
+    try:
+        status = Path(name).stat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 class WorkerDiedError(Exception):

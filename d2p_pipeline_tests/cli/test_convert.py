@@ -164,7 +164,7 @@ def test_workers_that_were_started_before_the_command_was_read_convert(jobs: int
 
 def test_workers_that_were_started_for_a_command_that_cannot_be_read_end_with_it() -> None:
     put("a.ndjson", list(generate(100)))
-    command = [*EAGER_D2P, "convert", "a.ndjson", "--no-such-option"]
+    command = [*EAGER_D2P, "convert", "a.ndjson", "--no-such-option", "no name" * 1000]
     # Standard error is theirs too: it ends when all of them have.
     result = subprocess.run(command, stderr=subprocess.PIPE, check=False)
     assert result.returncode == 2
