@@ -1,14 +1,9 @@
-"""The real `flush` job on a buffer full of one key's records.
+"""Pushes the records of an NDJSON file, all of one key, as the receiver does, 500 a chunk: `python -m benchmarks.flush FILE`.
 
-    python -m benchmarks.flush fill <NDJSON file>     push its records as the receiver does, 500 a chunk
-    python -m benchmarks.flush run                    seal and deliver what waits, in this process
-
-The environment names the Redis and the directory. `run` prints JSON: records, and the seconds of the job without imports.
+The environment names the Redis.
 """
 
-import json
 import sys
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -42,30 +37,9 @@ def fill(source: Path) -> None:
             buffer.push(pushes)
 
 
-def run() -> None:
-    import dagster as dg
-
-    from d2p_pipeline import wiring
-    from d2p_pipeline.definitions import defs
-    from d2p_pipeline.settings import load
-
-    buffer, _ = wiring.open_buffer(load())
-    rows_before = dict(buffer.totals())[KEY].rows
-    with dg.DagsterInstance.ephemeral() as instance:
-        began = time.monotonic()
-        defs.resolve_job_def("flush").execute_in_process(instance=instance)
-        seconds = time.monotonic() - began
-    # The totals are of all runs on this Redis.
-    rows = dict(buffer.totals())[KEY].rows - rows_before
-    print(json.dumps({"seconds": seconds, "records": rows}))
-
-
 KEY = "payments"
 """The only capability of records that are generated with one key."""
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "fill":
-        fill(Path(sys.argv[2]))
-    else:
-        run()
+    fill(Path(sys.argv[1]))

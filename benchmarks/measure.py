@@ -65,7 +65,7 @@ def measure(contenders: Sequence[Contender], runs: int) -> dict[str, Cost | None
                 peaks[contender.name] = cost.peak
             else:
                 costs[contender.name].append(cost)
-    return {name: None if name in missing else _median(some, peaks[name]) for name, some in costs.items()}
+    return {name: None if name in missing else median(some, peaks[name]) for name, some in costs.items()}
 
 
 def run(contender: Contender, *, watched: bool = True) -> Cost | None:
@@ -93,7 +93,8 @@ def run(contender: Contender, *, watched: bool = True) -> Cost | None:
     return Cost(wall, usage.ru_utime + usage.ru_stime, together or usage.ru_maxrss * 1024, said)
 
 
-def _median(costs: Sequence[Cost], peak: int) -> Cost:
+def median(costs: Sequence[Cost], peak: int) -> Cost:
+    """The median of each figure, with what the one in the middle said."""
     by_wall = sorted(costs, key=lambda cost: cost.wall)
     return Cost(
         wall=statistics.median(cost.wall for cost in costs),
