@@ -31,6 +31,8 @@ RUNS_PER_TICK = 10
 SENSOR_SECONDS = 15
 SHOWN_PER_TICK = 200
 """Of more batches that came into recovery unseen, `d2p status` alone says what they are."""
+CHANGES_PER_TICK = 5000
+"""Partitions added, and as many taken away: the daemon asks its storage about each, and must be through within the tick."""
 LOOK_AGAIN_MS = 60_000
 """When a batch is looked at again after a run was asked for."""
 TAG_LENGTH = 200
@@ -105,15 +107,15 @@ def recovery_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg
         buffer, settings, lost, "the run that held it in recovery ended without delivering it", instance, context.log
     )
     due = {batch.id: batch for batch in free if batch.token == batch.failed_token}
-    unseen = waiting.difference(known)
-    missing = sorted(unseen)
+    missing = sorted(waiting.difference(known))[:CHANGES_PER_TICK]
     # What a run is about to deliver, or a claim holds, may come back.
     still_open = set() if waiting.issuperset(known) else {batch.id for batch in buffer.open_batches()}
     staying = waiting | held | still_open
-    delivered = [batch_id for batch_id in known if batch_id not in staying]
+    delivered = [batch_id for batch_id in known if batch_id not in staying][:CHANGES_PER_TICK]
     changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
     if missing:
         changes.append(partitions.build_add_request(missing))
+        unseen = set(missing)
         news = [batch for batch in buffer.recovering() if batch.id in unseen]
         for batch in news:
             # The process that put it there may have died before it said when to try again.

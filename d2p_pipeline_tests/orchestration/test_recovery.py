@@ -168,6 +168,17 @@ def test_partitions_follow_what_is_in_recovery(pipeline: Pipeline) -> None:
     assert partitions(pipeline) == []
 
 
+def test_partitions_come_and_go_a_bounded_number_at_a_time(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2p_pipeline.orchestration.recovery.CHANGES_PER_TICK", 1)
+    batches = [batch.id for batch in fail(pipeline, "a", "b")]
+    for batch_id in batches:
+        pipeline.instance.delete_dynamic_partition("recovery", batch_id)
+    tick(pipeline)
+    assert len(partitions(pipeline)) == 1
+    tick(pipeline)
+    assert partitions(pipeline) == sorted(batches)
+
+
 def test_an_error_that_lasts_is_not_repeated_within_the_run(pipeline: Pipeline) -> None:
     pipeline.root.mkdir()
     block(pipeline, "a")
