@@ -132,7 +132,7 @@ def simulate(
 
 def main() -> None:
     console = Console(width=150)
-    for name, costs, run_seconds in (("stock launcher", STOCK, 60.0), ("warm workers", WARM, 30.0)):
+    for name, costs, run_seconds in (("a Python per run", STOCK, 60.0), ("forked runs, warm workers", WARM, 30.0)):
         table = Table(title=f"{name}, flush_interval 60 s, runs of {run_seconds:.0f} s, {SPARE:.0%} used", box=None)
         for column in (
             "records/s",

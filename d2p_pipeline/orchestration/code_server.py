@@ -20,6 +20,8 @@ class ForkingServer(server.DagsterApiServer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        if sys.platform != "linux":  # elsewhere the system's own libraries do not survive a fork
+            return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOADED])
         self._mp_ctx = context  # pyright: ignore[reportAttributeAccessIssue]

@@ -31,6 +31,8 @@ def _import_all() -> None:
 
 
 gc.disable()  # nothing of what is imported is garbage
-_import_all()
-gc.freeze()  # and a run's own collections need not look at it
-gc.enable()
+try:
+    _import_all()
+finally:
+    gc.freeze()  # and a run's own collections need not look at it
+    gc.enable()
