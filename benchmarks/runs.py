@@ -120,7 +120,11 @@ class Up:
 
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(LOOK):
-            for process in self._process.children(recursive=True):
+            try:
+                processes = self._process.children(recursive=True)
+            except psutil.Error:  # one of them ended meanwhile
+                continue
+            for process in processes:
                 try:
                     if _PROCESS in " ".join(process.cmdline()):
                         times, status = process.cpu_times(), Path(f"/proc/{process.pid}/status").read_text()
@@ -136,7 +140,7 @@ _FINISHED = ("SUCCESS", "FAILURE", "CANCELED")
 def _tick_of(instance: Any, run_id: str) -> float:
     """When the tick began that asked for a run."""
     for state in instance.all_instigator_state():
-        for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=50):
+        for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id):
             if run_id in tick.run_ids:
                 return tick.timestamp
     raise LookupError(run_id)
