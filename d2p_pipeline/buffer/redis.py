@@ -62,16 +62,28 @@ class RedisBuffer:
         self._full_records = full_records
         self._full_bytes = full_bytes
         self._line = line
+        self._ahead: int | None = None
+        """Redis's clock against this process's, or less: a pause makes it seem earlier."""
 
     def now(self) -> int:
         seconds, micros = self._one("TIME")
-        return int(seconds) * 1000 + int(micros) // 1000
+        now = int(seconds) * 1000 + int(micros) // 1000
+        self._ahead = now - time.monotonic_ns() // 1_000_000
+        return now
+
+    def _about_now(self) -> int:
+        """Redis's time or earlier, without asking for it each time."""
+        return time.monotonic_ns() // 1_000_000 + self._ahead if self._ahead is not None else self.now()
 
     def push(self, pushes: Sequence[Push]) -> None:
+        self._push(pushes, self._about_now())
+
+    def _push(self, pushes: Sequence[Push], sent: int) -> None:
+        """`sent`: when it was tried first."""
         # One script for all, so that it is all or nothing; of a Cluster each touches one slot.
         together = [[push] for push in pushes] if self._server.is_cluster else [list(pushes)] if pushes else []
         try:
-            replies = list(chain.from_iterable(self._run([self._push_of(some) for some in together])))
+            replies = list(chain.from_iterable(self._run([self._push_of(some, sent) for some in together])))
         except ForeignValueError as error:
             if len(together) > 1:
                 raise PartlyStoredError(str(error)) from error
@@ -82,15 +94,19 @@ class RedisBuffer:
                     "a node of the Redis Cluster is out of memory, others may not be"
                 ) from error
             raise
+        except BufferUnavailableError:
+            self._ahead = None  # it may be that the clocks went apart
+            raise
         self._index(*self._filled_and_begun(pushes, replies))
 
     async def push_async(self, pushes: Sequence[Push]) -> None:
+        sent = await asyncio.to_thread(self._about_now) if self._ahead is None else self._about_now()
         try:
-            replies = await self._line.ask(self._push_of(pushes)) if self._line else None
+            replies = await self._line.ask(self._push_of(pushes, sent)) if self._line else None
         except (RedisError, OSError):
             replies = None
         if replies is None:  # the other way tries again, stores nothing twice, and finds out what is wrong
-            await asyncio.to_thread(self.push, pushes)
+            await asyncio.to_thread(self._push, pushes, sent)
             return
         filled, begun = self._filled_and_begun(pushes, replies)
         if filled or begun:
@@ -115,14 +131,14 @@ class RedisBuffer:
         looks = dict.fromkeys(filled, 0) | (dict.fromkeys(begun, self.now()) if begun else {})
         self._schedule(self._names.keys, looks)
 
-    def _push_of(self, pushes: Sequence[Push]) -> Call:
+    def _push_of(self, pushes: Sequence[Push], sent: int) -> Call:
         of, keys, args = self._names.of, list[bytes | str](), list[Any]()
         for push in pushes:
             keys += [of(name, push.key) for name in (self._names.data, "stats", self._names.dlq, "totals")]
             keys.append(of("pushed", push.key, push.id))
             args += [push.window, push.records, push.size, push.chunk, push.rejected, len(push.dead_letters)]
             args += push.dead_letters
-        return Call("push", keys, args)
+        return Call("push", keys, [*args, sent])
 
     def _fills(self, push: Push, records: int, size: int) -> bool:
         """Whether it was this push that filled the buffer."""

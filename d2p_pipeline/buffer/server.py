@@ -140,6 +140,10 @@ def _translate(error: Exception) -> Exception:
     if "FOREIGN " in str(error):
         found = str(error).partition("FOREIGN ")[2]
         return ForeignValueError(f"in Redis {found}: another program wrote it; delete or rename it there")
+    if "LATE " in str(error):
+        return BufferUnavailableError(
+            "nobody knows any more whether Redis has taken the request; it took longer than its window"
+        )
     if isinstance(error, _UNAVAILABLE) or "MISCONF" in str(error):
         return BufferUnavailableError(f"Redis does not take the request: {error}")
     return error

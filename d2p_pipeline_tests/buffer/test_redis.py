@@ -1,7 +1,9 @@
 """What holds on Redis in particular: lost replies, foreign producers, a full server, indexes that miss something."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -10,6 +12,7 @@ from redis.exceptions import ConnectionError
 from redis.retry import Retry
 
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline.buffer.line import Line
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import (
     BatchRef,
@@ -23,7 +26,9 @@ from d2p_pipeline.buffer.protocol import (
     Totals,
 )
 from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.buffer.server import Call
 from d2p_pipeline_tests.buffer.conftest import CuttingProxy
+from d2p_pipeline_tests.system import until
 
 REF = BatchRef("k", "B1")
 CLAIM = Claim(REF, "run", 1)
@@ -174,6 +179,39 @@ def test_a_seal_that_arrives_again_when_its_batch_is_forgotten_takes_nothing(
     monkeypatch.undo()
     assert redis_buffer.reconcile(0) == 1
     assert [state.records for state in redis_buffer.due(redis_buffer.now() + 1, 10)] == [1]
+
+
+class PausedLine(Line):
+    """Stores, and hears the reply when Redis has forgotten the push."""
+
+    async def ask(self, call: Call) -> Any:
+        await super().ask(call)
+        with Redis.from_url(self.url) as client:
+            until(lambda: not client.exists(*call.keys[4:5]))  # type: ignore[index]
+        raise TimeoutError
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, 60)
+        self.url = url
+
+
+def test_a_push_whose_sender_was_paused_until_it_was_forgotten_is_not_stored_again(
+    redis_client: Redis, redis_server: EmbeddedRedis
+) -> None:
+    line = PausedLine(redis_server.url)
+    buffer = RedisBuffer(redis_client, Names(), full_records=100, full_bytes=10_000, line=line)
+    buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
+
+    async def push() -> None:
+        try:
+            with pytest.raises(BufferUnavailableError, match="nobody knows"):
+                await buffer.push_async([Push("k", "1", 1, b"chunk", 1, 5)])
+        finally:
+            await buffer.end_async()
+
+    asyncio.run(push())
+    buffer.push([Push("other", "2", 60, b"chunk", 1, 5)])
+    assert {state.key: state.records for state in buffer.waiting()} == {"k": 1, "other": 2}
 
 
 def test_a_run_that_dies_as_it_fails_again_leaves_its_batch_due(redis_client: Redis, redis_buffer: RedisBuffer) -> None:

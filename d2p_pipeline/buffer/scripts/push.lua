@@ -9,15 +9,20 @@
 -- ARGV  of each push six or more:
 --       1 seconds to remember the id   2 records in the chunk   3 their raw bytes   4 the chunk, or ''   5 rejected records
 --       6 the number of dead letters that follow, where they are kept
+--       and at the end, if it is known: when the pushes were sent first, in ms by this clock or a little earlier
 -- Returns of each push {records, bytes, fresh}: the buffer's size afterwards; fresh = 1 when this push began the buffer.
--- Error FOREIGN where another program's value has one of the names.
+-- Errors: FOREIGN where another program's value has one of the names; LATE where so much time has gone since the pushes were
+-- sent first that an earlier arrival may be forgotten.
 --
 -- Types are looked at before anything is written: what was written before an error would stay. Of what is written SET comes
 -- first: it is what Redis refuses when it is out of memory, before anything else has changed. Whether the push is stored already
 -- is only read, so that its second arrival is no refusal either.
 
 local types = {'list', 'hash', 'list', 'hash'}
+local after, shortest = 1, math.huge
 for first = 1, #KEYS, 5 do
+  shortest = math.min(shortest, ARGV[after])
+  after = after + 6 + ARGV[after + 5]
   for place, wanted in ipairs(types) do
     local name = KEYS[first + place - 1]
     local found = redis.call('TYPE', name).ok
@@ -25,6 +30,12 @@ for first = 1, #KEYS, 5 do
       return redis.error_reply('FOREIGN ' .. name .. ' is a ' .. found .. ', it should be a ' .. wanted)
     end
   end
+end
+
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+if ARGV[after] and now - ARGV[after] >= shortest * 1000 then
+  return redis.error_reply('LATE the push took ' .. now - ARGV[after] .. ' ms')
 end
 
 local function size(stats, fresh)
@@ -45,9 +56,8 @@ local function push(data, stats, dlq, totals, pushed, at)
 
   local fresh = 0
   if ARGV[at + 3] ~= '' then
-    local time = redis.call('TIME')
     redis.call('RPUSH', data, ARGV[at + 3])
-    fresh = redis.call('HSETNX', stats, 'first', time[1] * 1000 + math.floor(time[2] / 1000))
+    fresh = redis.call('HSETNX', stats, 'first', now)
     redis.call('HINCRBY', stats, 'records', records)
     redis.call('HINCRBY', stats, 'bytes', ARGV[at + 2])
     redis.call('HINCRBY', stats, 'chunks', 1)
