@@ -95,7 +95,8 @@ def _labels(table: pa.Table, rules: Rules, ingested_at: int | None) -> pl.DataFr
 
 
 def _row_groups(table: pa.Table, limit: int) -> Iterator[pa.Table]:
-    if table.nbytes <= limit or table.num_rows <= 1:
+    # What all its buffers hold, other rows too, is known at once; the bytes of these rows are counted.
+    if table.get_total_buffer_size() <= limit or table.nbytes <= limit or table.num_rows <= 1:
         yield table
         return
     pieces = min(table.num_rows, -(-table.nbytes // limit))

@@ -11,7 +11,6 @@ Any other line is doubtful, not wrong: the normalizer decides. What the decoder 
 which are left to the normalizer too. pyarrow has no type information, hence `standard` above.
 """
 
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ def _decode_some(
     if not count:
         return
     try:
-        table = _decoder(members)(without_pairs(text) if lines.has_unicode_escapes else text)
+        table = _decoder(members)(without_pairs(bytes(text)) if lines.has_unicode_escapes else text)
     except pa.ArrowInvalid:
         table = None
     if table is not None and table.num_rows == count:
@@ -135,11 +134,11 @@ def _schema(members: Members) -> pa.Schema:
 
 
 @cache
-def _decoder(members: Members) -> Callable[[bytes], pa.Table]:
+def _decoder(members: Members) -> Callable[[bytes | pa.Buffer], pa.Table]:
     schema = arro3.core.Schema.from_arrow(_schema(members))
 
-    def decode(text: bytes) -> pa.Table:
-        return pa.table(arro3.io.read_json(io.BytesIO(text), schema, batch_size=BATCH_ROWS))
+    def decode(text: bytes | pa.Buffer) -> pa.Table:
+        return pa.table(arro3.io.read_json(pa.BufferReader(text), schema, batch_size=BATCH_ROWS))
 
     return decode
 

@@ -25,7 +25,8 @@ class Lines:
 
     def __init__(self, text: bytes) -> None:
         self.text = text
-        self._bytes = _series(pa.Array.from_buffers(pa.uint8(), len(text), [None, pa.py_buffer(text)]))
+        self._buffer = pa.py_buffer(text)
+        self._bytes = _series(pa.Array.from_buffers(pa.uint8(), len(text), [None, self._buffer]))
         self._ends = _places(self._bytes == _NEWLINE)
         self._starts = pl.concat([pl.Series([0], dtype=pl.Int64), self._ends.head(-1) + 1])
         self.lengths = self._ends - self._starts
@@ -38,10 +39,12 @@ class Lines:
         start, end = self._bounds
         return self.text[start[number] : end[number]]
 
-    def text_of(self, first: int, stop: int) -> tuple[bytes, int]:
-        """The lines from `first` to `stop` but the odd ones, as one text, and how many they are."""
+    def text_of(self, first: int, stop: int) -> tuple[bytes | pa.Buffer, int]:
+        """The lines from `first` to `stop` but the odd ones, as one text, and how many they are; no copy if none is odd."""
         start, end = self._bounds
         odd = self.odd[bisect_left(self.odd, first) : bisect_left(self.odd, stop)]
+        if not odd:
+            return self._buffer.slice(start[first], end[stop - 1] + 1 - start[first]), stop - first
         pieces: list[bytes] = []
         at = start[first]
         for number in odd:
