@@ -1,4 +1,4 @@
-"""Measure the receiver: `python -m benchmarks.receiver`, with wrk on the PATH.
+"""Measure the receiver: `python -m benchmarks.receiver`, with wrk on the PATH. aiohttp takes part if it is installed.
 
 One worker, an embedded Redis with `appendfsync always`, everything on this machine. Servers take turns within each round, so
 that a disturbance hits all; tables show medians. Rates per core divide by the CPU time of the receiving process alone.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -34,6 +35,8 @@ SERVERS = {
     "without Redis": [sys.executable, "-m", "benchmarks.receivers", "silent"],
     "Starlette, one RPUSH each": [sys.executable, "-m", "benchmarks.receivers", "plain"],
 }
+if find_spec("aiohttp"):
+    SERVERS["aiohttp, one RPUSH each"] = [sys.executable, "-m", "benchmarks.receivers", "aiohttp"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Load:
     p99_ms: float
     seconds: float
     cpu: float
+    redis_cpu: float
     failed: int
 
 
@@ -79,8 +83,7 @@ class Server:
 
     @property
     def cpu(self) -> float:
-        fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.pids)
-        return sum(int(found[11]) + int(found[12]) for found in fields) / TICKS
+        return sum(map(cpu_of, self.pids))
 
     @property
     def resident(self) -> int:
@@ -91,6 +94,11 @@ class Server:
     def stop(self) -> None:
         self._process.terminate()
         self._process.wait(60)
+
+
+def cpu_of(pid: int) -> float:
+    found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(found[11]) + int(found[12])) / TICKS
 
 
 @contextmanager
@@ -105,8 +113,18 @@ def running(redis: EmbeddedRedis, directory: Path, names: list[str]) -> Iterator
             server.stop()
 
 
-def load(server: Server, path: str, bodies: list[bytes], seconds: float, connections: int, delay_ms: float = 0) -> Load:
-    """POST bodies in turn; with a delay, each connection waits that long before its next request."""
+def load(
+    redis: EmbeddedRedis,
+    server: Server,
+    path: str,
+    bodies: list[bytes],
+    seconds: float,
+    connections: int,
+    delay_ms: float = 0,
+) -> Load:
+    """POST bodies in turn to a server with an empty Redis; with a delay, each connection waits about that long between two."""
+    emptied(redis)
+    assert redis.process
     with tempfile.TemporaryDirectory() as directory:
         script = ["local bodies = {}"]
         for number, body in enumerate(bodies):
@@ -120,20 +138,20 @@ def load(server: Server, path: str, bodies: list[bytes], seconds: float, connect
             script.append(f"function delay() return math.random(0, {round(2 * delay_ms)}) end")
         lua = Path(directory) / "wrk.lua"
         lua.write_text("\n".join(script))
-        before, began = server.cpu, time.monotonic()
+        before, redis_before, began = server.cpu, cpu_of(redis.process.pid), time.monotonic()
         said = subprocess.run(
             ["wrk", "-t1", "--latency", *(f"-c{connections}", f"-d{seconds:g}s"), "-s", str(lua), server.url],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        took, cpu = time.monotonic() - began, server.cpu - before
+        took, cpu, redis_cpu = time.monotonic() - began, server.cpu - before, cpu_of(redis.process.pid) - redis_before
     rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
     p99 = re.search(r"99%\s+([\d.]+)(us|ms|s)", said)
     failed = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
     assert rate and p99, said
     unit = {"us": 1e-3, "ms": 1.0, "s": 1e3}[p99[2]]
-    return Load(float(rate[1]), float(p99[1]) * unit, took, cpu, int(failed[1]) if failed else 0)
+    return Load(float(rate[1]), float(p99[1]) * unit, took, cpu, redis_cpu, int(failed[1]) if failed else 0)
 
 
 def emptied(redis: EmbeddedRedis) -> None:
@@ -151,21 +169,23 @@ def single(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: float) -
             found: dict[str, list[Load]] = {name: [] for name in servers}
             for _ in range(rounds):
                 for name, server in servers.items():
-                    emptied(redis)
-                    found[name].append(load(server, "/record/", bodies, seconds, CONNECTIONS))
+                    found[name].append(load(redis, server, "/record/", bodies, seconds, CONNECTIONS))
             best = statistics.median(one.rate for one in found["receiver"])
-            emptied(redis)
-            half = load(servers["receiver"], "/record/", bodies, seconds, CONNECTIONS, CONNECTIONS / best * 2000)
+            half = load(redis, servers["receiver"], "/record/", bodies, seconds, CONNECTIONS, CONNECTIONS / best * 2000)
         rows: list[tuple[str, ...]] = []
         for name, some in found.items():
             rate, p99 = statistics.median(one.rate for one in some), statistics.median(one.p99_ms for one in some)
             cpu = statistics.median(one.cpu / (one.rate * one.seconds) for one in some) * 1e6
+            store = statistics.median(one.redis_cpu / (one.rate * one.seconds) for one in some) * 1e6
             failed = str(sum(one.failed for one in some))
-            rows.append((name, f"{rate:,.0f}", f"{p99:,.1f}", f"{cpu:,.0f}", f"{best / rate:.2f}", failed))
+            # Of what ran one after the other within a round, which a disturbance hits alike.
+            ratios = (ours.rate / other.rate for ours, other in zip(found["receiver"], some, strict=True))
+            ratio = f"{statistics.median(ratios):.2f}"
+            rows.append((name, f"{rate:,.0f}", f"{p99:,.1f}", f"{cpu:,.0f}", f"{store:,.0f}", ratio, failed))
         rows.append(
-            ("receiver, about half the rate", f"{half.rate:,.0f}", f"{half.p99_ms:,.1f}", "", "", str(half.failed))
+            ("receiver, about half the rate", f"{half.rate:,.0f}", f"{half.p99_ms:,.1f}", "", "", "", str(half.failed))
         )
-        columns = ("requests/s", "p99 ms", "CPU µs each", "receiver ÷ this", "failed")
+        columns = ("requests/s", "p99 ms", "CPU µs each", "Redis'", "receiver ÷ this", "failed")
         _table(f"One record a request, {size:,.0f} bytes, {title}; {CONNECTIONS} connections", columns, rows)
 
 
@@ -191,8 +211,7 @@ def batches(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: float) 
             for name, server in servers.items():
                 some = []
                 for _ in range(rounds):
-                    emptied(redis)
-                    some.append(load(server, "/records", [body], seconds, 4))
+                    some.append(load(redis, server, "/records", [body], seconds, 4))
                 wall = statistics.median(len(body) * one.rate / 1e6 for one in some)
                 core = statistics.median(len(body) * one.rate * one.seconds / one.cpu / 1e6 for one in some)
                 failed = sum(one.failed for one in some)
@@ -208,8 +227,7 @@ def memory(redis: EmbeddedRedis, directory: Path, records: int) -> None:
         server = servers["receiver"]
         sent = 0
         while sent < records:
-            emptied(redis)
-            found = load(server, "/records", bodies, 10, 8)
+            found = load(redis, server, "/records", bodies, 10, 8)
             sent += round(found.rate * found.seconds) * 1000
             rows.append((f"{sent:,}", f"{server.resident / 2**20:,.0f}", f"{found.rate * 1000:,.0f}"))
     _table("Memory of a worker, batches of 1,000 records", ("MiB", "records/s"), rows)

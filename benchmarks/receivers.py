@@ -2,6 +2,7 @@
 
     silent   the receiver itself, with a buffer that forgets everything at once: what HTTP, JSON and compression cost
     plain    what one would write first: a Starlette handler under uvicorn that does one RPUSH per request
+    aiohttp  the same for aiohttp under uvloop
 
 Redis is the one of D2P_REDIS_URL.
 """
@@ -55,5 +56,21 @@ def plain(port: int) -> None:
     uvicorn.run(app, port=port, loop="uvloop", http="httptools", access_log=False, log_level="warning")
 
 
+def aiohttp(port: int) -> None:
+    import uvloop
+    from aiohttp import web
+    from redis.asyncio import Redis
+
+    redis = Redis.from_url(os.environ["D2P_REDIS_URL"])
+
+    async def store(request: web.Request) -> web.Response:
+        await redis.rpush("plain", await request.read())  # type: ignore[misc]
+        return web.Response(status=201)
+
+    app = web.Application()
+    app.router.add_post("/record/", store)
+    web.run_app(app, port=port, loop=uvloop.new_event_loop(), access_log=None, print=None)
+
+
 if __name__ == "__main__":
-    {"silent": silent, "plain": plain}[sys.argv[1]](int(sys.argv[2]))
+    {"silent": silent, "plain": plain, "aiohttp": aiohttp}[sys.argv[1]](int(sys.argv[2]))
