@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint style pyright pytest format audit bench bench-receiver soak clean
+.PHONY: help install demo up test lint style pyright pytest format audit bench bench-receiver soak fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -55,6 +55,11 @@ bench-receiver: install ## time the HTTP receiver against a plain one (needs wrk
 
 soak: install ## schedules of faults, their books as lines of JSON; ARGS="FIRST COUNT", "--real" or "--hours H"
 	$(BIN)/python -m d2p_pipeline_tests.faults $(ARGS)
+
+fuzz: install ## fuzz every decoder of strangers' bytes, SECONDS=30 each; installs atheris
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris || { echo "atheris does not install here"; exit 1; }
+	for target in body record frames compressed chunks document http; do \
+		$(BIN)/python -m d2p_pipeline_tests.fuzz $$target -max_total_time=$${SECONDS:-30} -print_final_stats=1 || exit 1; done
 
 clean: ## remove the environment and all local state
 	rm -rf .venv .d2p out

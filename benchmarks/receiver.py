@@ -126,7 +126,7 @@ def load(
     emptied(redis)
     assert redis.process
     with tempfile.TemporaryDirectory() as directory:
-        script = ["local bodies = {}"]
+        script = ["local bodies = {}", 'wrk.headers["Host"] = "x"']
         for number, body in enumerate(bodies):
             (Path(directory) / str(number)).write_bytes(body)
             script.append(f'file = io.open("{directory}/{number}", "rb")')

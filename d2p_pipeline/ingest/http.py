@@ -3,7 +3,10 @@
 The handler is called once a request is whole, if its body is small, else once its head is; it answers at once or later. Of
 one connection the handler has one exchange at a time, so that answers keep the order of pipelined requests. What is
 read ahead is bounded: a connection is not read while a request waits behind another, a body is not taken from it, or the
-client does not take its answers. There is no task, future or timer per request.
+client does not take its answers, and then the next is not handed over either. There is no task, future or timer per request.
+
+What RFC 9112 lets a server do is done where it makes a difference to clients: a request to change to another protocol is
+answered as if it had not asked. What two programs could read in two ways is refused.
 """
 
 import asyncio
@@ -17,7 +20,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from socket import socket
-from typing import cast
+from typing import NoReturn, cast
 
 import httptools
 
@@ -46,8 +49,8 @@ class Exchange:
     """One request, to be answered once. Names of headers are in lower case."""
 
     __slots__ = (
-        "_answered", "_awaited", "_connection", "_expects", "_pieces", "arrived", "begun", "complete", "headers",
-        "keep_alive", "length", "lost", "method", "path", "waiting",
+        "_answered", "_awaited", "_connection", "_pieces", "arrived", "begun", "complete", "expects", "headers", "keep_alive",
+        "length", "lost", "method", "path", "waiting",
     )  # fmt: skip
 
     def __init__(self, connection: "Connection", method: str, path: str, headers: dict[str, str]) -> None:
@@ -70,13 +73,14 @@ class Exchange:
         self._answered = False
         self._awaited: asyncio.Future[None] | None = None
         self._connection = connection
-        self._expects = "expect" in headers and headers["expect"].lower() == "100-continue"
+        self.expects = "expect" in headers and headers["expect"].lower() == "100-continue"
+        """Whether the client waits to be asked for the body."""
         self._pieces: list[bytes] = []
 
     @property
     def is_small(self) -> bool:
         """Whether the handler gets it when it is whole."""
-        return (self.length or 0) <= SMALL_BYTES and not (self._expects or "transfer-encoding" in self.headers)
+        return (self.length or 0) <= SMALL_BYTES and not (self.expects or "transfer-encoding" in self.headers)
 
     def take(self) -> bytes:
         """What there is of the body and was not read yet."""
@@ -91,9 +95,9 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The next bytes of the body; none when it ends. ClientGoneError."""
-        if self._expects and not self._pieces and not self.complete:
+        if self.expects and not self._pieces and not self.complete:
             self._connection.invite()
-        self._expects = False
+        self.expects = False
         while not self._pieces and not self.complete:
             if self.lost:
                 raise ClientGoneError
@@ -132,6 +136,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, service: "Service") -> None:
         self._service = service
         self._parser = httptools.HttpRequestParser(self)
+        self._upgrades = False
+        """Whether the request asks for another protocol: the parser gives up after its head."""
         self._transport: asyncio.Transport
         self._deaf = False
         """Whether what comes in is thrown away: no request is answered any more, or what comes is none."""
@@ -173,9 +179,8 @@ class Connection(asyncio.Protocol):
             return
         self._unframed += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._deaf = True  # it is answered as if it had not asked for another protocol
+            while data:
+                data = self._parse(data)
         except httptools.HttpParserCallbackError:
             if not self._refusal:
                 log.exception("a request could not be taken in")
@@ -187,6 +192,19 @@ class Connection(asyncio.Protocol):
         if self._open and not self._open.begun:
             self.deadline = self._open.arrived + self._service.body_seconds
         self.regulate()
+
+    def _parse(self, data: bytes) -> bytes:
+        """Take in what came; returns what is to be parsed again."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._upgrades = False
+            lines = (f"{name}: {value}\r\n" for name, value in self._headers.items() if name != "upgrade")
+            first = (self._parser.get_method(), self._url, self._parser.get_http_version().encode())
+            head = b"%b %b HTTP/%b\r\n%b\r\n" % (*first, "".join(lines).encode("latin-1"))
+            self._parser = httptools.HttpRequestParser(self)
+            return head + data[upgrade.args[0] :]
+        return b""
 
     def eof_received(self) -> bool:
         """The client sends no more. What it sent whole is answered first; TLS has no such half of a connection."""
@@ -200,6 +218,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._clogged = False
+        self._hand_over()
         self.regulate()
 
     def regulate(self) -> None:
@@ -231,20 +250,38 @@ class Connection(asyncio.Protocol):
         self._grown(len(name) + len(value))
         if self._open is None:  # else it is a trailer
             key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+            if key == "host" and key in self._headers:
+                self._cannot_take(400, "there are two hosts")
             self._headers[key] = f"{self._headers[key]}, {text}" if key in self._headers else text
 
     def _grown(self, size: int) -> None:
         self._head += size
         if self._head > HEAD_BYTES or self._lines > HEADERS:
-            self._refusal = 431
-            raise ValueError("the head is too long")
+            self._cannot_take(431, "the head is too long")
+
+    def _cannot_take(self, status: int, why: str) -> NoReturn:
+        self._refusal = status
+        raise ValueError(why)
 
     def on_headers_complete(self) -> None:
+        method, version, headers = (
+            self._parser.get_method().decode("latin-1"),
+            self._parser.get_http_version(),
+            self._headers,
+        )
+        if version == "1.1" and "host" not in headers:
+            self._cannot_take(400, "there is no host")
+        if headers.get("transfer-encoding", "chunked").lower() != "chunked" or method == "CONNECT":
+            self._cannot_take(501, "neither codings but chunked nor tunnels")
+        if self._parser.should_upgrade():
+            self._upgrades = True
+            return
         path = self._url.partition(b"?")[0].decode("latin-1")
-        exchange = Exchange(self, self._parser.get_method().decode("latin-1"), path, self._headers)
+        if "://" in path:  # the absolute form, as for a proxy
+            path = "/" + path.partition("://")[2].partition("/")[2]
+        exchange = Exchange(self, method, path, headers)
         exchange.arrived = self._service.loop.time()
-        may_stay = self._parser.should_keep_alive() and not self._parser.should_upgrade()
-        exchange.keep_alive = may_stay and self._parser.get_http_version() == "1.1"
+        exchange.keep_alive = self._parser.should_keep_alive() and version == "1.1"
         self._open = exchange
         self._unframed = 0
         if not exchange.is_small:
@@ -256,6 +293,8 @@ class Connection(asyncio.Protocol):
         self._open.came(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrades:
+            return
         exchange, self._open = self._open, None
         assert exchange
         exchange.complete = True
@@ -282,7 +321,7 @@ class Connection(asyncio.Protocol):
         if self._handing_over:  # it was answered at once
             return
         self._handing_over = True
-        while self._queue and self._current is None:
+        while self._queue and self._current is None and not self._clogged:
             self._current = self._queue.popleft()
             self.deadline = _NEVER
             try:
@@ -291,7 +330,7 @@ class Connection(asyncio.Protocol):
                 log.exception("the handler failed")
                 self._current.answer(500, (("connection", "close"),), b"")
         self._handing_over = False
-        if self._refusal and self._current is None:
+        if self._refusal and self._current is None and not self._queue:
             self._write(self._refusal, (("connection", "close"),), b"")
             self._end()
 
@@ -304,10 +343,11 @@ class Connection(asyncio.Protocol):
         if exchange is not self._current or self._transport.is_closing():
             return
         self._current = None
-        last = not exchange.keep_alive or (self._ending and not self._queue and not self._refusal)
+        uninvited = exchange.expects and not exchange.complete  # nobody knows whether its body comes
+        last = uninvited or not exchange.keep_alive or (self._ending and not self._queue and not self._refusal)
         if last and ("connection", "close") not in headers:
             headers = (*headers, ("connection", "close"))
-        self._write(status, headers, body)
+        self._write(status, headers, body, with_body=exchange.method != "HEAD")
         if last:
             self._end()
             return
@@ -315,11 +355,14 @@ class Connection(asyncio.Protocol):
         self._hand_over()
         self.regulate()
 
-    def _write(self, status: int, headers: Headers, body: bytes) -> None:
-        self._transport.write(b"%b%d\r\n%b%b" % (_start(status, headers), len(body), self._service.date, body))
+    def _write(self, status: int, headers: Headers, body: bytes, *, with_body: bool = True) -> None:
+        start, sent = _start(status, headers), body if with_body else b""
+        self._transport.write(b"%b%d\r\n%b%b" % (start, len(body), self._service.date, sent))
 
     def _refuse(self, status: int) -> None:
         """Nothing that comes is read any more; the requests that were read are answered, and then this one."""
+        if self._deaf:  # it has ended
+            return
         self._deaf = True
         if self._open:  # its body cannot be read to its end
             self._open.lost = True

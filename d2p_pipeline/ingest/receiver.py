@@ -111,7 +111,7 @@ class Receiver:
         else:
             body = _encode({**answer.body, "timestamp": int(time.time()), "elapsed": f"{seconds * 1000:.3f}ms"})
             headers = (*_JSON, *answer.headers)
-        exchange.answer(answer.status, headers, b"" if exchange.method == "HEAD" else body)
+        exchange.answer(answer.status, headers, body)
 
     async def _answer(self, path: str, exchange: Exchange) -> Answer:
         post = self._posts.get(path)
