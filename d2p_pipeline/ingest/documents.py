@@ -354,7 +354,7 @@ def _end(data: bytes, at: int, is_array: bool, depth: int = 0) -> int | None:
                 depth -= 1
                 if not depth and not is_array:
                     return at + 1
-            case b"," | b"]":
+            case b"," | b"]" if is_array:
                 return at
             case b'"':
                 return None

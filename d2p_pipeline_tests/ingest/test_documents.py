@@ -209,6 +209,13 @@ def test_concatenated_compressed_parts_are_one_content() -> None:
     assert lines(cut(skippable + frames.compress(b"1\n") + frames.compress(b"2\n"))[0]) == [b"1", b"2"]
 
 
+def test_a_bracket_that_closes_nothing_goes_with_what_comes_next() -> None:
+    found, _ = cut(b'{\n"a":1}\n]\n{\n"b":2}\n{\n"c":3}')
+    assert bytes(found[0].text) == b'{\r"a":1}\n]\r{\r"b":2}\n{\r"c":3}\n'
+    found, _ = cut(b'{\n"a":1}\n]')
+    assert [broken.raw for broken in breaks(found)] == [b"]"]
+
+
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.ZstdCompressor().compress])
 def test_what_comes_before_damage_is_kept_and_the_damage_told(compress: Any) -> None:
     data = b"".join(b'{"n":%d,"x":"%d"}\n' % (n, zlib.crc32(b"%d" % n)) for n in range(200_000))
