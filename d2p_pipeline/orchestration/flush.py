@@ -6,12 +6,14 @@ unit's ops run before the next unit's (by priority), so memory holds one unit. A
 may pass; after that the hook `to_recovery` puts the unit's batches into recovery, and the other units go on.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError
 from pydantic import Field
 from ulid import ULID
 
@@ -174,10 +176,21 @@ def report(context: dg.OpExecutionContext, deliveries: Deliveries, delivery_part
         raise dg.Failure(f"{len(deliveries.failed)} batches are not delivered: {shown}", allow_retries=False)
 
 
+class RetryPolicy(dg.RetryPolicy):
+    """Dagster's, but for a run that somebody terminates within a step: Dagster takes that for a failure of the step, repeats it and
+    goes on with the run as if nobody had asked."""
+
+    def calculate_delay(self, attempt_num: int) -> float:
+        error = sys.exc_info()[1]
+        if isinstance(error, DagsterExecutionInterruptedError):
+            raise error
+        return super().calculate_delay(attempt_num)
+
+
 def retry_policy() -> dg.RetryPolicy:
     """How a failed step is repeated, as the settings say."""
     settings = load()
-    return dg.RetryPolicy(
+    return RetryPolicy(
         max_retries=settings.write_retries,
         delay=settings.write_retry_delay,
         backoff=dg.Backoff.EXPONENTIAL,

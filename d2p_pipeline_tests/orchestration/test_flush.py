@@ -1,5 +1,6 @@
 """The flush job: batches to files and dead letters, exactly once, whatever the batches look like."""
 
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from d2p_pipeline.buffer.protocol import BatchRef, Seal, Totals
 from d2p_pipeline.ingest.generator import generate
 from d2p_pipeline.orchestration.assets import parquet_files
 from d2p_pipeline.orchestration.keys import partition_of
+from d2p_pipeline.orchestration.resources import DeliveryResource
 from d2p_pipeline.records.dead_letter import DeadLetter
 from d2p_pipeline_tests.pipeline import Pipeline, line
 
@@ -311,3 +313,23 @@ def test_a_downstream_asset_receives_a_keys_files(pipeline: Pipeline, tmp_path: 
         instance=pipeline.instance, partition_key="payments", asset_selection=[dg.AssetKey("rows_per_key")]
     ).success
     assert seen == [2]
+
+
+def test_a_run_that_is_terminated_within_a_step_ends_and_gives_its_batches_back(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def interrupted(_: DeliveryResource, text: object) -> None:
+        asked.append(text)
+        signal.raise_signal(signal.SIGINT)  # what Dagster sends a run's process to terminate it
+
+    pipeline.receive([line("payments", "1")])
+    with monkeypatch.context() as patch:
+        patch.setattr(DeliveryResource, "check", interrupted)
+        assert not pipeline.flush().success
+    assert len(asked) == 1
+    [batch] = pipeline.buffer.open_batches()
+    assert not pipeline.buffer.is_claimed(batch.ref)
+    assert pipeline.flush(batch.ref).success
+    assert pipeline.messages() == ["1"]
