@@ -177,8 +177,8 @@ def report(context: dg.OpExecutionContext, deliveries: Deliveries, delivery_part
 
 
 class RetryPolicy(dg.RetryPolicy):
-    """Dagster's, but for a run that somebody terminates within a step: Dagster takes that for a failure of the step, repeats it and
-    goes on with the run as if nobody had asked."""
+    """Dagster's, but for a run that somebody terminates within a step: Dagster takes that for a failure of the step, repeats it
+    and goes on with the run as if nobody had asked."""
 
     def calculate_delay(self, attempt_num: int) -> float:
         error = sys.exc_info()[1]
