@@ -58,7 +58,7 @@ def plain(port: int) -> None:
 
 def aiohttp(port: int) -> None:
     import uvloop
-    from aiohttp import web
+    from aiohttp import web  # pyright: ignore[reportMissingImports]  # installed for this comparison alone
     from redis.asyncio import Redis
 
     redis = Redis.from_url(os.environ["D2P_REDIS_URL"])
