@@ -5,7 +5,7 @@ A decoder may say no in its own words, or accept; any other exception is a defec
 """
 
 # atheris has no types, and is installed by `make fuzz` alone.
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportMissingModuleSource=false, reportAttributeAccessIssue=false
 
 import asyncio
 import io
