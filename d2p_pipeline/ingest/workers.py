@@ -8,12 +8,14 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import socket
 import stat
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -146,18 +148,22 @@ class Worker:
 
 
 def work(descriptors: Sequence[int]) -> None:
-    """What the first process of `Workers` does: load everything, then fork a worker for each of the descriptors."""
+    """What the first process of `Workers` does: load everything, then fork a worker for each descriptor that is used."""
     from d2p_pipeline.ingest.task import get_ready
 
     get_ready()
     gc.freeze()  # what is there now stays: it need neither be looked through, nor copied for that
-    connections = [Connection(descriptor) for descriptor in descriptors]
+    unused = [Connection(descriptor) for descriptor in descriptors]
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_work, args=(own, connections)) for own in connections]
-    for worker in workers:
-        worker.start()
-    for connection in connections:
-        connection.close()
+    workers: list[ForkProcess] = []
+    while unused:
+        ready = wait(unused)
+        for own in [connection for connection in unused if connection in ready]:
+            unused.remove(own)
+            if _is_told(own):
+                workers.append(context.Process(target=_work, args=(own, unused)))
+                workers[-1].start()
+            own.close()
     for worker in workers:
         worker.join()
     codes = [worker.exitcode or 0 for worker in workers]
@@ -165,13 +171,18 @@ def work(descriptors: Sequence[int]) -> None:
     os._exit(next((code % _SIGNALLED for code in codes if code), 0))
 
 
-def _work(own: Connection, connections: Sequence[Connection]) -> None:
+def _is_told(connection: Connection) -> bool:
+    """Whether a readable connection has something to read; else its other end was closed."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        return bool(end.recv(1, socket.MSG_PEEK))
+
+
+def _work(own: Connection, others: Sequence[Connection]) -> None:
     """Convert until nobody is there any more to tell what. Errors that are no result end the process."""
     from d2p_pipeline.ingest.task import Converter
 
-    for other in connections:
-        if other is not own:
-            other.close()
+    for other in others:
+        other.close()
     with contextlib.suppress(EOFError, ConnectionError), Converter(own.recv()) as converter:
         while True:
             task = own.recv()
