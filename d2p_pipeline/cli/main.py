@@ -3,7 +3,6 @@
 What `d2p convert` converts with takes longer to load than everything else, so that is begun before the commands are imported.
 """
 
-import atexit
 import gc
 import sys
 
@@ -11,8 +10,6 @@ import sys
 def main() -> None:
     # What a command imports is no garbage; looking for some would take a tenth of its start.
     gc.set_threshold(50_000)
-    # Nor need it be looked through at the end: most of the time that a process takes to end.
-    atexit.register(gc.freeze)
     early = None
     if sys.argv[1:2] == ["convert"]:
         from d2p_pipeline.ingest import workers
