@@ -1,6 +1,7 @@
 """The settings as users meet them: flags, environment, files of every notation, and one error that lists everything."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -74,9 +75,9 @@ def no_settings_from_outside() -> Iterator[None]:
 
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Thousands of changes of the process' own environment would meet a library's thread that reads it, which C forbids."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
+        patch.setattr(os, "environ", {**os.environ, **variables})
         yield
 
 
