@@ -38,7 +38,7 @@ pyright: install
 	$(BIN)/pyright
 
 pytest: install
-	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
 
 format: install ## let ruff rewrite the tree
 	$(BIN)/ruff check --fix .
