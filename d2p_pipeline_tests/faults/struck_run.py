@@ -111,7 +111,7 @@ def _state(pid: int) -> str:
     """One letter, as in ps; empty when there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone, before or while it was read
         return ""
 
 
