@@ -51,8 +51,11 @@ def convert(
     try:
         with contextlib.ExitStack() as stack:
             # They get ready while settings are read.
-            early: workers.Workers | None = context.obj
-            ready = early if early and early.count >= jobs else workers.for_files(names, jobs)
+            ready: workers.Workers | None = context.obj
+            if ready and ready.count < jobs:
+                ready.end()
+                ready = None
+            ready = ready or workers.for_files(names, jobs)
             if ready:
                 stack.enter_context(ready)
             settings = settings_of(config, writer_file_path=out)

@@ -19,9 +19,22 @@ from d2p_pipeline.ingest.generator import generate
 from d2p_pipeline.ingest.workers import cores
 
 D2P = [sys.executable, "-m", "d2p_pipeline.cli.main"]
-EAGER = "from d2p_pipeline.cli.main import main; from d2p_pipeline.ingest import workers; workers._WORTH = 0; main()"
+EAGER = """
+import sys
+from d2p_pipeline.cli.main import main
+from d2p_pipeline.ingest import workers
+
+class Told(workers.Workers):
+    def __init__(self, count):
+        print("after" if "typer" in sys.modules else "before", file=sys.stderr)
+        super().__init__(count)
+
+workers._WORTH = 0
+workers.Workers = Told
+main()
+"""
 EAGER_D2P = [sys.executable, "-c", EAGER]
-"""Takes any file for a large one."""
+"""Takes any file for a large one, and says whether workers are started before the command is read."""
 
 LIMIT = 384 << 20
 
@@ -158,8 +171,11 @@ def test_workers_that_were_started_at_once_end_when_there_is_nothing_to_do(monke
 @pytest.mark.parametrize("jobs", [1, cores(), cores() + 1])
 def test_workers_that_were_started_before_the_command_was_read_convert(jobs: int) -> None:
     name = put("a.ndjson", list(generate(100)))
-    subprocess.run([*EAGER_D2P, "convert", name, "--jobs", str(jobs)], check=True)
+    command = [*EAGER_D2P, "convert", name, "--jobs", str(jobs)]
+    done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
     assert rows() == 100
+    # More than were started take the place of those.
+    assert done.stderr.split() == (["before", "after"] if jobs > cores() else ["before"])
 
 
 def test_workers_that_were_started_for_a_command_that_cannot_be_read_end_with_it() -> None:

@@ -19,6 +19,7 @@ from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import Seal
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.ingest import forward_sender
+from d2p_pipeline.orchestration.code_server import PRELOADED
 from d2p_pipeline_tests.fixtures.s3 import REGION, Service
 from d2p_pipeline_tests.fixtures.s3 import aws_environment as aws_environment
 from d2p_pipeline_tests.fixtures.s3 import s3_service as s3_service
@@ -57,6 +58,7 @@ def test_what_is_sent_is_in_s3_once_and_in_the_ui_over_restarts_of_the_system_an
     }
     system = start("one", flush_interval="3600", forward_port=str(free_port()), **settings).wait()
     assert {address for address, _ in listening(system.process.pid)} == {"127.0.0.1"}
+    assert [command for command in commands(system.process.pid) if "forkserver" in command and PRELOADED in command]
     assert httpx.post(f"http://127.0.0.1:{system.port}/records", content=line()).status_code == 401
     post(system, "payments", "first")
     assert httpx.post(f"http://127.0.0.1:{system.port}/flush/", headers=BEARER).status_code == 202
@@ -151,6 +153,13 @@ def secrets_are_nowhere(system: System) -> str:
         assert not (home / private).exists() or (home / private).stat().st_mode & 0o077 == 0
     assert not [path for path in (home / "dagster" / "storage").rglob("*") if path.is_file()]
     return told
+
+
+def commands(process: int) -> list[str]:
+    """The command lines of what a process started."""
+    import psutil
+
+    return [" ".join(one.cmdline()) for one in psutil.Process(process).children(recursive=True)]
 
 
 def listening(process: int) -> set[tuple[str, int]]:

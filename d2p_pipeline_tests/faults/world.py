@@ -607,7 +607,9 @@ class _Course:
     def state(self, buffer: RedisBuffer) -> str:
         live = [(run.pid, run.refs) for run in self.runs if not run.has_ended()]
         left = self.world.messages_left()
-        return f"{live} {left} {[*buffer.open_batches(), *buffer.recovering(), *buffer.waiting()]}"[:3000]
+        waiting = [*buffer.open_batches(), *buffer.recovering(), *buffer.waiting()]
+        poller = self.world.poller.log.read_text()[-3000:] if left else ""
+        return f"{live} {left} {waiting}"[:3000] + poller
 
     def files(self) -> Iterator[Path | io.BytesIO]:
         if not self.bucket:

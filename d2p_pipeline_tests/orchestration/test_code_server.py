@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from dagster._grpc.server import DagsterApiServer
 
 LOOK = """
 import json, sys, threading
@@ -29,3 +30,7 @@ def test_what_runs_are_forked_from_has_imports_and_neither_threads_nor_connectio
     native = {name for name in said["native"] if not name.startswith("python")}
     # jemalloc knows of forks; Polars' thread tidies what was spilled to disk, which nothing has been.
     assert native <= {"jemalloc_bg_thd", "polars-ooc-clea"}
+
+
+def test_dagster_still_starts_runs_where_the_code_server_says() -> None:
+    assert "_mp_ctx" in DagsterApiServer.StartRun.__code__.co_names
