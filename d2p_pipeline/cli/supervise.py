@@ -72,7 +72,7 @@ class Child:
 
     def tail(self) -> str:
         """The end of its log, for whoever has to find out why it died."""
-        return _last_lines(self.log.read_text(errors="replace"))
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
 
 @dataclass
@@ -140,7 +140,6 @@ def running(settings: "Settings", say: Callable[[str], None]) -> Iterator[Superv
         supervisor.start("receiver", _python("d2p_pipeline.cli.main", "receive"), logs / "receiver.log")
         if settings.forward_port is not None:
             supervisor.start("forward listener", _python("d2p_pipeline.cli.main", "forward"), logs / "forward.log")
-        _initialize_instance()
         supervisor.start(
             "code server",
             _python("d2p_pipeline.orchestration.code_server", "--socket", str(socket), *_CODE),
@@ -186,17 +185,6 @@ _POSTGRES = """storage:
 """
 
 
-def _initialize_instance() -> None:
-    """Create the instance's tables: two processes that did so at once would corrupt them. Raises StartError."""
-    done = subprocess.run(_dagster("instance", "info"), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise StartError(f"Dagster's storage cannot be used:\n{_last_lines(done.stderr)}")
-
-
-def _last_lines(text: str) -> str:
-    return "\n".join(text.splitlines()[-15:])
-
-
 def _write_workspace(home: Path, socket: Path) -> str:
     """A workspace of one code server. Dagster knows sensors by where they come from, so the place stays the same."""
     workspace = home / "workspace.yaml"
@@ -207,10 +195,6 @@ def _write_workspace(home: Path, socket: Path) -> str:
 
 def _python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
-
-
-def _dagster(*arguments: str) -> list[str]:
-    return _python("dagster", *arguments)
 
 
 def _listens(address: str, port: int) -> bool:

@@ -2,6 +2,8 @@
 
 Dagster's own starts a Python for each run, and that imports Dagster, Polars and pyarrow anew: two seconds or more. The process
 that is forked does nothing but import, so no run inherits a thread, a connection or a lock of another.
+
+It also makes the tables of Dagster's instance, before webserver and daemon start.
 """
 
 import multiprocessing
@@ -9,6 +11,7 @@ import sys
 from multiprocessing import forkserver
 from typing import Any
 
+import dagster as dg
 from dagster._cli import cli
 from dagster._grpc import server
 
@@ -29,6 +32,15 @@ class ForkingServer(server.DagsterApiServer):
 
 
 def main() -> None:
+    # Nobody else uses the instance before this server answers: two processes that made its tables at once would corrupt them.
+    try:
+        with dg.DagsterInstance.get():
+            pass
+    except Exception as error:
+        error.add_note(
+            "Dagster's storage cannot be used: look at dagster_postgres_url or, without it, at `dagster` under home."
+        )
+        raise
     server.DagsterApiServer = ForkingServer  # where the command takes it from
     cli(["api", "grpc", *sys.argv[1:]])
 

@@ -21,8 +21,8 @@ from typing import Any, cast
 
 from d2p_pipeline.buffer.protocol import BatchRef
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["d2p_pipeline_tests.faults.preloaded"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["d2p_pipeline_tests.faults.preloaded"])
 
 
 class Struck:
@@ -46,7 +46,7 @@ class Struck:
         self._mark = log.with_name(f"{log.name}.{secrets.token_hex(8)}")
         environment = os.environ | {f"D2P_{name.upper()}": value for name, value in (settings or {}).items()}
         blows = _Blows(point, int(blow), error, file_bytes, clock, self._mark)
-        self.process = _FORKS.Process(target=_work, args=(work, arguments, log, environment, blows), daemon=True)
+        self.process = FORKS.Process(target=_work, args=(work, arguments, log, environment, blows), daemon=True)
         self.process.start()
 
     def was_struck(self) -> bool:

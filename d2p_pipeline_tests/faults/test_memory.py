@@ -12,7 +12,7 @@ from d2p_pipeline import delivery
 from d2p_pipeline.buffer.protocol import Seal
 from d2p_pipeline_tests.pipeline import Pipeline, line
 
-UNITS = 6
+UNITS = 3
 
 
 def flush() -> dg.JobDefinition:
