@@ -4,6 +4,7 @@ Also walks through the names that exist, a page at a time; on a Cluster, node by
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -36,7 +37,10 @@ _STEP = 250
 _SCRIPTS = {path.stem: path.read_text() for path in (Path(__file__).parent / "scripts").glob("*.lua")}
 SHAS = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in _SCRIPTS.items()}
 """What Redis calls each script."""
-_UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, ClusterDownError)
+# A script is missing where the server forgot it again as soon as it was loaded: it died meanwhile.
+_UNAVAILABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, ClusterDownError, NoScriptError)
+_REFUSALS = re.compile(r"\b(MISCONF|NOREPLICAS|READONLY|BUSY)\b")
+"""What a server says that takes no writes now; from within a script it says so as text alone."""
 
 
 class Call(NamedTuple):
@@ -69,7 +73,7 @@ class Server:
             return []
         replies = _translated(lambda: self._send(calls))
         if any(isinstance(reply, NoScriptError) for reply in replies):
-            self._load()
+            _translated(self._load)
             replies = _translated(lambda: self._send(calls))
         for reply in replies:
             if isinstance(reply, Exception) and not errors:
@@ -144,6 +148,6 @@ def _translate(error: Exception) -> Exception:
         return BufferUnavailableError(
             "nobody knows any more whether Redis has taken the request; it took longer than its window"
         )
-    if isinstance(error, _UNAVAILABLE) or "MISCONF" in str(error):
+    if isinstance(error, _UNAVAILABLE) or _REFUSALS.search(str(error)):
         return BufferUnavailableError(f"Redis does not take the request: {error}")
     return error

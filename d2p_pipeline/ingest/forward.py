@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
 
-from d2p_pipeline.buffer.protocol import BufferFullError, BufferUnavailableError
+from d2p_pipeline.buffer.protocol import BufferFullError, BufferUnavailableError, ForeignValueError
 from d2p_pipeline.ingest import fluent
 from d2p_pipeline.ingest.commit import GroupCommit, Request
 from d2p_pipeline.ingest.compression import CompressionError, decompressed
@@ -302,7 +302,7 @@ class Forward:
             log.warning("%s: connection closed: %s", peer, error or "it was too slow")
         except OSError as error:
             log.info("%s: connection lost: %s", peer, error)
-        except (BufferFullError, BufferUnavailableError) as error:
+        except (BufferFullError, BufferUnavailableError, ForeignValueError) as error:
             self.counts.refused += 1
             log.warning("%s: connection closed, its chunk is not acknowledged: %s", peer, error)
         finally:

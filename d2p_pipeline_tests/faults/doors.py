@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from d2p_pipeline.buffer.embedded import end_with_parent
@@ -29,9 +29,8 @@ class Door:
         self.port = _free_port() if listens else 0
         self.log = directory / f"{command}-{self.port}.log"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("D2P_")}
-        self._environment = (
-            inherited | {f"D2P_{name.upper()}": value for name, value in settings.items()} | {**environment}
-        )
+        given = {f"D2P_{name.upper()}": value for name, value in settings.items()}
+        self._environment = inherited | given | {**environment, "PYTHONFAULTHANDLER": "1"}
         self._command = [sys.executable, "-m", "d2p_pipeline.cli.main", command]
         self._command += ["--port", str(self.port)] if listens else []
         self.start()
@@ -60,19 +59,23 @@ class Door:
         """Until it listens."""
         deadline = time.monotonic() + seconds
         while self.port:
-            assert self.process.poll() is None, self.log.read_text()
+            assert self.process.poll() is None, self.last_words()
             try:
                 socket.create_connection(("127.0.0.1", self.port), 5).close()
                 return
             except OSError:
-                assert time.monotonic() < deadline, f"it did not come up: {self.log.read_text()}"
+                assert time.monotonic() < deadline, f"it did not come up: {self.last_words()}"
                 time.sleep(0.02)
+
+    def last_words(self) -> str:
+        return self.log.read_text(errors="replace")[-5000:]
 
     def signal(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            self.signal(signal.SIGKILL)
         self.process.wait(60)
 
     def end(self, seconds: float = 10) -> int | None:

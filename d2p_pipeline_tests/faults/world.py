@@ -163,6 +163,11 @@ class World:
                 message.change_visibility(0)
         return len(queue._messages)  # pyright: ignore[reportPrivateUsage]
 
+    def queue_state(self) -> str:
+        names = ["", "NotVisible", "Delayed"]
+        wanted = [f"ApproximateNumberOfMessages{name}" for name in names]
+        return str(self.sqs.get_queue_attributes(QueueUrl=self.queue_url, AttributeNames=wanted)["Attributes"])
+
     def run(self, schedule: Schedule) -> Books:
         self.client.flushall()
         root = self.directory / f"files-{schedule.seed}"
@@ -576,6 +581,8 @@ class _Course:
             self.strike_pending(self.schedule.steps)
             if self.is_at_rest(buffer):
                 break
+            for door in self.world.doors:
+                assert door.process.poll() is None, f"{door.log.name}: it ended by itself: {door.last_words()}"
             time.sleep(0.05)
             self.take_requests()
             assert time.monotonic() < deadline, f"seed {self.schedule.seed} did not settle: {self.state(buffer)}"
@@ -608,8 +615,12 @@ class _Course:
         live = [(run.pid, run.refs) for run in self.runs if not run.has_ended()]
         left = self.world.messages_left()
         waiting = [*buffer.open_batches(), *buffer.recovering(), *buffer.waiting()]
-        poller = self.world.poller.log.read_text()[-3000:] if left else ""
-        return f"{live} {left} {waiting}"[:3000] + poller
+        said = f"{live} {left} {waiting}"[:3000]
+        if left:
+            self.world.poller.signal(signal.SIGABRT)  # so it says what its threads wait for
+            self.world.poller.process.wait(60)
+            said += self.world.queue_state() + self.world.poller.last_words()
+        return said
 
     def files(self) -> Iterator[Path | io.BytesIO]:
         if not self.bucket:

@@ -31,10 +31,10 @@ from d2p_pipeline.buffer.protocol import Buffer
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.cli.app import app
 from d2p_pipeline.ingest import sqs_sender
-from d2p_pipeline.ingest.commit import GroupCommit
+from d2p_pipeline.ingest.commit import GroupCommit, Request
 from d2p_pipeline.ingest.intake import Intake
 from d2p_pipeline.ingest.messages import Messages, S3Objects
-from d2p_pipeline.ingest.sqs import Pollers, Queue, pollers_wanted
+from d2p_pipeline.ingest.sqs import Message, Pollers, Queue, pollers_wanted
 from d2p_pipeline_tests.fixtures.s3 import ACCESS_KEY, REGION, SECRET_KEY, Service, s3_service
 from d2p_pipeline_tests.ingest.forward_client import RECORD, letters, rules, stored
 
@@ -295,6 +295,31 @@ def test_an_object_that_cannot_be_fetched_now_leaves_its_message_in_the_queue(
     polling(queue, redis_buffer, test, convert=unwrapping)
     assert stored(redis_buffer) == []
     assert letters(redis_buffer) == []
+
+
+def test_a_message_that_cannot_be_stored_stays_in_the_queue_and_keeps_no_other_from_it(
+    queue: TestQueue, redis_buffer: RedisBuffer, redis_client: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Defective(Messages):
+        def __call__(self, message: Message) -> Iterator[Request]:
+            if message.body == "unforeseen":
+                raise ZeroDivisionError
+            return super().__call__(message)
+
+    redis_client.set("data:{theirs}", "another program's")
+    defective, foreign, *_ = queue.send("unforeseen", record(1, business_capability="theirs"), record(2))
+
+    async def test(pollers: Pollers) -> None:
+        await until(lambda: pollers.counts.left == 2)
+        queue.send(record(3))
+        await until(lambda: queue.left() == 2)
+
+    convert = Defective(Intake(rules(), max_record_bytes=1 << 20), max_record_bytes=1 << 20)
+    polling(queue, redis_buffer, test, most=1, convert=convert)
+    assert texts(redis_buffer) == ["m2", "m3"]
+    assert "ZeroDivisionError" in caplog.text
+    for message, reason in ((defective, ""), (foreign, ": in Redis data:{theirs} is a string")):
+        assert f"message {message} stays in the queue{reason}" in caplog.text
 
 
 # --- once, whatever happens
