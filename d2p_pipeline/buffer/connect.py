@@ -66,9 +66,9 @@ def without_password(url: str) -> str:
     """The URL as it may be shown."""
     parts = urlsplit(url)
     credentials, separator, address = parts.netloc.rpartition("@")
-    if ":" in credentials:
-        credentials = f"{credentials.partition(':')[0]}:********"
-    return parts._replace(netloc=f"{credentials}{separator}{address}").geturl()
+    if ":" not in credentials:
+        return url
+    return parts._replace(netloc=f"{credentials.partition(':')[0]}:********{separator}{address}").geturl()
 
 
 def check(client: Client, url: str) -> list[str]:

@@ -32,12 +32,13 @@ def up(
     check_records(settings)
     for note in settings.notes:
         typer.echo(note, err=True)
+    is_embedded = settings.redis_dsn() is None
     try:
         with redis(settings):
             settings = settings_of(None)
             check_store(settings)
             with running(settings, lambda text: typer.echo(text, err=True)) as supervisor:
-                _greet(settings)
+                _greet(settings, is_embedded=is_embedded)
                 tend_until_stopped(supervisor, stop)
                 drain(settings, supervisor)
     except StartError as error:
@@ -45,7 +46,8 @@ def up(
         raise typer.Exit(1) from error
 
 
-def _greet(settings: "Settings") -> None:
+def _greet(settings: "Settings", *, is_embedded: bool) -> None:
+    from d2p_pipeline.buffer.connect import without_password
     from d2p_pipeline.wiring import redis_url
 
     typer.echo(f"receiver   http://{settings.address}:{settings.port}/records")
@@ -62,8 +64,8 @@ def _greet(settings: "Settings") -> None:
     typer.echo(
         f"alerts     {'to alert_webhook_url' if settings.alert_webhook_url else 'nowhere: no alert_webhook_url'}"
     )
-    if redis_url(settings).startswith("unix:"):
-        typer.echo(f"Redis      embedded, under {settings.home / 'redis'}")
+    place = f"embedded, under {settings.home / 'redis'}" if is_embedded else without_password(redis_url(settings))
+    typer.echo(f"Redis      {place}")
     typer.echo("Ctrl-C ends all.")
 
 

@@ -92,9 +92,10 @@ def test_what_is_sent_is_in_s3_once_and_in_the_ui_over_restarts_of_the_system_an
         buffer = RedisBuffer(client, Names(), full_records=10, full_bytes=1000)
         until(lambda: sum(totals.rows for _, totals in buffer.totals()) == 24)
     expected = sorted([f"{number:03}" for number in range(20)] + ["first", "second", "third", "pushed"])
-    for system in systems:
+    for system, place in zip(systems, ("embedded, under", redis.url), strict=True):
         secrets_are_nowhere(system)
         assert system.stop() == 0
+        assert f"Redis      {place}" in system.log.read_text()
     assert messages(s3_service, bucket) == expected
     redis.stop()
 
