@@ -12,10 +12,12 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter as Counted
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -32,6 +34,8 @@ SHARE = 0.05
 """Of its time a worker reads the books no more than that."""
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_BOUNDS = [*map(str, _LATENCY), "+Inf"]
+_WITHIN, _SPENT, _TIMES = "d2p_http_request_within", "d2p_http_request_spent", ("route", "le")
 _GROUPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 
 
@@ -43,9 +47,11 @@ class Metrics:
         self._requests = Counter(
             "d2p_http_requests", "Requests answered, by route and status.", ["route", "status"], registry=own
         )
-        self._seconds = Histogram(
-            "d2p_http_request_seconds", "Seconds to an answer.", ["route"], buckets=_LATENCY, registry=own
+        # A Histogram takes one time after the other only; `_Times` makes one of these.
+        self._within = Counter(
+            _WITHIN, "Requests by the shortest of the times they took no more than.", _TIMES, registry=own
         )
+        self._spent = Counter(_SPENT, "Seconds of all requests.", ["route"], registry=own)
         self._refused = Counter(
             "d2p_http_refused", "Requests refused with nothing stored, by reason.", ["reason"], registry=own
         )
@@ -73,7 +79,9 @@ class Metrics:
         found = self._by_route.get((route, status))
         if found is None:
             found = self._by_route[route, status] = _Answers(
-                self._requests.labels(route, str(status)), self._seconds.labels(route)
+                self._requests.labels(route, str(status)),
+                [self._within.labels(route, bound) for bound in _BOUNDS],
+                self._spent.labels(route),
             )
         found.add(seconds)
         if refusal:
@@ -114,10 +122,8 @@ class Metrics:
         """The text and its content type."""
         self._held.set(self._held_now())
         registry = CollectorRegistry()
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            MultiProcessCollector(registry)
-        else:
-            registry.register(self._own)
+        shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        registry.register(_Times(MultiProcessCollector(CollectorRegistry()) if shared else self._own))
         registry.register(self._side)
         return generate_latest(registry), CONTENT_TYPE_LATEST
 
@@ -125,9 +131,10 @@ class Metrics:
 class _Answers:
     """Answers of one route and status that were not counted yet."""
 
-    def __init__(self, requests: Counter, seconds: Histogram) -> None:
+    def __init__(self, requests: Counter, within: list[Counter], spent: Counter) -> None:
         self._requests = requests
-        self._seconds = seconds
+        self._within = within
+        self._spent = spent
         self._new: list[float] = []
         self.add = self._new.append
 
@@ -135,12 +142,39 @@ class _Answers:
         if not self._new:
             return
         self._requests.inc(len(self._new))
-        # What Histogram.observe does with one; it has no way to take several.
-        self._seconds._sum.inc(sum(self._new))
-        places = Counted(bisect_left(_LATENCY, seconds) for seconds in self._new)
-        for place, count in places.items():
-            self._seconds._buckets[place].inc(count)
+        self._spent.inc(sum(self._new))
+        for place, count in Counted(bisect_left(_LATENCY, seconds) for seconds in self._new).items():
+            self._within[place].inc(count)
         self._new.clear()
+
+
+class _Collector(Protocol):
+    def collect(self) -> Iterable[Metric]: ...
+
+
+class _Times:
+    """Shows what another collects, and the times of requests as a histogram."""
+
+    def __init__(self, of: _Collector) -> None:
+        self._of = of
+
+    def collect(self) -> Iterator[Metric]:
+        within: dict[str, dict[str, float]] = {}
+        spent: dict[str, float] = {}
+        for metric in self._of.collect():
+            totals = [sample for sample in metric.samples if sample.name == f"{metric.name}_total"]
+            if metric.name == _WITHIN:
+                for sample in totals:
+                    within.setdefault(sample.labels["route"], {})[sample.labels["le"]] = sample.value
+            elif metric.name == _SPENT:
+                spent = {sample.labels["route"]: sample.value for sample in totals}
+            else:
+                yield metric
+        times = HistogramMetricFamily("d2p_http_request_seconds", "Seconds to an answer.", labels=["route"])
+        for route, counts in within.items():  # what another worker is only about to count first may be missing
+            sums = accumulate(counts.get(bound, 0) for bound in _BOUNDS)
+            times.add_metric([route], list(zip(_BOUNDS, sums, strict=True)), spent.get(route, 0))
+        yield times
 
 
 class _BufferSide:

@@ -198,6 +198,10 @@ def test_metrics_of_all_workers_and_of_redis(
     assert found["d2p_received_records_total"] == {("accepted",): 24, ("dead_lettered",): 6}
     assert found["d2p_http_refused_total"] == {("record_invalid",): 6, ("no_such_path",): 6}
     assert found["d2p_received_bytes_total"][()] == 6 * len(body)
+    assert found["d2p_http_request_seconds_count"][("/records",)] == 6
+    assert 0 < found["d2p_http_request_seconds_sum"][("/records",)] < 600
+    within = [count for (_, route), count in found["d2p_http_request_seconds_bucket"].items() if route == "/records"]
+    assert (within, within[-1]) == (sorted(within), 6)
     assert found["d2p_commit_requests_sum"][()] == 6
     assert found["d2p_redis_up"][()] == 1
     assert found["d2p_batches"] == {("open",): 1, ("recovery",): 0}
