@@ -7,9 +7,10 @@ what they miss because a process died in between, or because a foreign producer 
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 from redis.exceptions import RedisError
@@ -39,6 +40,7 @@ from d2p_pipeline.buffer.protocol import (
 from d2p_pipeline.buffer.server import PAGE, Call, Client, Server, pages
 
 Plan = tuple[tuple[int, int], ...]
+_T = TypeVar("_T")
 
 _KEEP_STRAYS = 7 * 24 * 3600
 """Seconds that the announcements of a batch outlive it where its attempts announced different files."""
@@ -62,6 +64,8 @@ class RedisBuffer:
         self._full_records = full_records
         self._full_bytes = full_bytes
         self._line = line
+        # The event loop's own threads may all be busy with other things, and pushes wait for nothing but Redis.
+        self._thread = ThreadPoolExecutor(1, "d2p-push")
         self._ahead: int | None = None
         """Redis's clock against this process's, or less: a pause makes it seem earlier."""
 
@@ -100,19 +104,23 @@ class RedisBuffer:
         self._index(*self._filled_and_begun(pushes, replies))
 
     async def push_async(self, pushes: Sequence[Push]) -> None:
-        sent = await asyncio.to_thread(self._about_now) if self._ahead is None else self._about_now()
+        sent = await self._aside(self._about_now) if self._ahead is None else self._about_now()
         try:
             replies = await self._line.ask(self._push_of(pushes, sent)) if self._line else None
         except (RedisError, OSError):
             replies = None
         if replies is None:  # the other way tries again, stores nothing twice, and finds out what is wrong
-            await asyncio.to_thread(self._push, pushes, sent)
+            await self._aside(lambda: self._push(pushes, sent))
             return
         filled, begun = self._filled_and_begun(pushes, replies)
         if filled or begun:
-            await asyncio.to_thread(self._index, filled, begun)
+            await self._aside(lambda: self._index(filled, begun))
+
+    async def _aside(self, action: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, action)
 
     async def end_async(self) -> None:
+        self._thread.shutdown()
         if self._line:
             await self._line.close()
 

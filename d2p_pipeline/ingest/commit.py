@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,7 +28,7 @@ CHUNK_BYTES = 1 << 20
 GROUP_BYTES = 8 << 20
 """Raw bytes after which a group takes no further request, so that small requests do not wait for many large ones."""
 SMALL_BYTES = 256 << 10
-"""Raw bytes that are packed between other requests; more of them in a thread."""
+"""Raw bytes that are packed between other requests; more of them in a thread of the commits' own."""
 MOST = 0.8
 """The part of the requests that came together before for which a commit waits, within `LONGEST_PATIENCE`."""
 LONGEST_PATIENCE = 0.004
@@ -106,6 +107,8 @@ class GroupCommit:
         self._concurrency = 1.0
         self._seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        # Not one of the event loop's, which may all be busy with bodies, probes and metrics.
+        self._thread = ThreadPoolExecutor(1, "d2p-commit")
         self._producer = os.urandom(8).hex()
         self._sequence = count()
 
@@ -191,7 +194,7 @@ class GroupCommit:
             if sum(request.size for request in requests) <= SMALL_BYTES:
                 await self._buffer.push_async(self._pushes(requests, name))
             else:
-                await asyncio.to_thread(lambda: self._buffer.push(self._pushes(requests, name)))
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._push, requests, name)
         except ForeignValueError as error:
             # Nothing was stored, and most requests have no part in it.
             return [error] if len(requests) == 1 else [(await self._commit([request]))[0] for request in requests]
@@ -203,6 +206,9 @@ class GroupCommit:
                     log_unkept(key, letters)
         return [None] * len(requests)
 
+    def _push(self, requests: Sequence[Request], name: str) -> None:
+        self._buffer.push(self._pushes(requests, name))
+
     def _pushes(self, requests: Sequence[Request], name: str) -> list[Push]:
         return list(pushes(requests, name, self._window, keep_dead_letters=self._keep_dead_letters))
 
@@ -212,6 +218,7 @@ class GroupCommit:
             self._start()
             if self._running:
                 await self._running
+        self._thread.shutdown()
         await self._buffer.end_async()
 
 

@@ -1,5 +1,6 @@
 """The receiver's promises: 2xx means that Redis has the records, anything else that it has none of them."""
 
+import asyncio
 import gzip
 import json
 import signal
@@ -20,6 +21,7 @@ from redis import Redis
 from d2p_pipeline import books
 from d2p_pipeline.buffer.protocol import Totals
 from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.ingest.commit import SMALL_BYTES, GroupCommit, Request
 from d2p_pipeline.ingest.generator import generate
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.dead_letter import DeadLetter
@@ -356,6 +358,26 @@ def test_many_clients_at_once_lose_and_double_nothing(receiver: RunningReceiver,
         assert set(pool.map(post, numbers)) == {201}
     assert sorted(int(found["message"]) for found in stored(redis_client)) == list(numbers)
     assert redis_client.llen("data:{payments}") < len(numbers)  # requests that waited together share a chunk
+
+
+def test_commits_wait_for_nobody_else_who_needs_a_thread(redis_buffer: RedisBuffer) -> None:
+    """Bodies, probes and metrics have those of the event loop."""
+
+    async def store() -> None:
+        ending = threading.Event()
+        others = [asyncio.get_running_loop().run_in_executor(None, ending.wait) for _ in range(100)]
+        commit = GroupCommit(redis_buffer, window=60, keep_dead_letters=True)
+        try:
+            async with asyncio.timeout(TOTAL_TIMEOUT):
+                await commit.store(Request(lines={"small": [b"{}"]}, size=2))
+                await commit.store(Request(lines={"large": [b"{}"]}, size=SMALL_BYTES + 1))
+                await commit.close()
+        finally:
+            ending.set()
+            await asyncio.gather(*others)
+
+    asyncio.run(store())
+    assert {state.key for state in redis_buffer.due(redis_buffer.now() + 1, 10)} == {"small", "large"}
 
 
 def test_a_large_batch_goes_into_chunks_of_bounded_size(start_receiver: StartReceiver, redis_client: Redis) -> None:
