@@ -419,6 +419,7 @@ class Service:
         self._free = asyncio.Semaphore(most)
         self._none = asyncio.Event()
         self._greeting: set[asyncio.Task[None]] = set()
+        self._swept = self.loop.time()
         self._sweep()
 
     async def accept(self, listener: socket, tls: ssl.SSLContext | None) -> None:
@@ -468,10 +469,11 @@ class Service:
 
     def _sweep(self) -> None:
         self.date = f"date: {formatdate(time.time(), usegmt=True)}\r\n\r\n".encode()
-        now = self.loop.time()
         for connection in list(self.connections):
-            if connection.deadline <= now:
+            # Since the last sweep what clients had sent was read, however long this process stood still in between.
+            if connection.deadline <= self._swept:
                 connection.overdue()
+        self._swept = self.loop.time()
         self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
 

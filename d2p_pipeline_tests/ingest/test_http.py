@@ -2,14 +2,16 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2p_pipeline.ingest.http import HEADERS, SMALL_BYTES, ClientGoneError, Exchange, Service
+from d2p_pipeline.ingest.http import HEADERS, SMALL_BYTES, SWEEP_SECONDS, ClientGoneError, Exchange, Service
 
 TOTAL_SECONDS = 30
 LONG = 1 << 20
@@ -22,12 +24,16 @@ class Echo:
         self.requests = 0
         self.later = asyncio.Event()
         self.gone = asyncio.Event()
+        self.service: Service
+        self.stall: Callable[[Service], None]
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handle(self, exchange: Exchange) -> None:
         if exchange.path == "/defect":
             raise RuntimeError("a defect")
         self.requests += 1
+        if exchange.path == "/stall":
+            self.stall(self.service)
         if exchange.path == "/early":
             exchange.answer(401, (), b"")
         elif exchange.path == "/long":
@@ -58,12 +64,13 @@ class Echo:
 Client = Callable[[asyncio.StreamReader, asyncio.StreamWriter, Echo], Awaitable[None]]
 
 
-def served(client: Client) -> None:
+def served(client: Client, loop: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
     """Run a client against the echo."""
 
     async def run() -> None:
         echo = Echo()
         service = Service(echo.handle, head_seconds=TOTAL_SECONDS, body_seconds=TOTAL_SECONDS, most=10)
+        echo.service = service
         with closing(socket.create_server(("127.0.0.1", 0))) as listener:
             listener.setblocking(False)
             accepting = asyncio.create_task(service.accept(listener, None))
@@ -74,7 +81,8 @@ def served(client: Client) -> None:
             accepting.cancel()
             await service.drain(1)
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
 
 
 def exchanged(sent: bytes) -> bytes:
@@ -296,6 +304,29 @@ def test_requests_before_a_broken_one_are_answered() -> None:
 def test_a_handler_that_fails_costs_its_connection_only(caplog: pytest.LogCaptureFixture) -> None:
     assert exchanged(post("/defect", b"1")).startswith(b"HTTP/1.1 500")
     assert "a defect" in caplog.text
+
+
+def test_who_sent_a_request_while_the_process_stood_still_is_answered() -> None:
+    """uvloop, which receivers use, looks at the time before it reads what has come meanwhile."""
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: Echo) -> None:
+        with socket.create_connection(writer.get_extra_info("peername")) as other:
+            while len(echo.service.connections) < 2:
+                await asyncio.sleep(0)
+
+            def stall(service: Service) -> None:
+                for connection in service.connections:
+                    connection.deadline = service.loop.time()
+                other.sendall(post("/two", b"in time"))
+                time.sleep(2 * SWEEP_SECONDS)  # as long as the process stands still
+
+            echo.stall = stall
+            writer.write(post("/stall", b""))
+            await reader.readuntil(b">")
+            other.setblocking(False)
+            assert b"<POST /two in time>" in await asyncio.get_running_loop().sock_recv(other, 1000)
+
+    served(client, uvloop.new_event_loop)
 
 
 def test_a_client_that_leaves_amid_its_body_is_noticed() -> None:
