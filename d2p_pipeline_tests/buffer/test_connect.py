@@ -1,12 +1,15 @@
 """Every way to reach Redis by URL, and the start-up checks, against real servers."""
 
 import asyncio
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from redis import Redis
+from redis.cluster import RedisCluster
 from redis.exceptions import ResponseError
 
 from d2p_pipeline.buffer.connect import RedisRefusedError, check, connect, line, without_password
@@ -15,7 +18,18 @@ from d2p_pipeline.buffer.names import Names
 from d2p_pipeline.buffer.protocol import BatchRef, BufferUnavailableError, ForeignValueError, Push, Seal
 from d2p_pipeline.buffer.redis import Client, RedisBuffer
 from d2p_pipeline.buffer.server import Call
+from d2p_pipeline.records import chunk
+from d2p_pipeline_tests.receiving import RunningReceiver
 from d2p_pipeline_tests.redis_servers import RedisServers, Start, until
+
+RECORD: dict[str, Any] = {
+    "time": "2026-11-21T10:00:00Z",
+    "level": "info",
+    "message": "hello",
+    "business-domain": "d",
+    "business-service": "s",
+    "application-service": "a",
+}
 
 
 @pytest.fixture
@@ -103,7 +117,29 @@ def test_a_reply_that_came_too_late_is_not_taken_for_the_next_one(start: Start) 
     asyncio.run(ask())
 
 
-def test_a_cluster_of_three_masters(redis_servers: RedisServers) -> None:
+def assert_a_receiver_stores_once(cluster: RedisCluster, url: str, some_node: Redis, directory: Path) -> None:
+    """Also what is repeated after a node was full, which by then may have been stored in part."""
+    keys = [f"key {number}" for number in range(30)]
+    body = "\n".join(json.dumps({**RECORD, "business-capability": key}) for key in keys)
+    receiver = RunningReceiver(directory, {"redis_url": url})
+    try:
+        post, named = receiver.client.post, {"idempotency-key": "one"}
+        assert {post("/record/", content=line).status_code for line in body.splitlines()} == {201}
+        assert post("/records", content=body).json()["accepted"] == 30
+        some_node.config_set("maxmemory", 1)
+        assert post("/records", content=body, headers=named).status_code == 503
+        some_node.config_set("maxmemory", 0)
+        for _ in range(2):
+            assert post("/records", content=body, headers=named).json()["accepted"] == 30
+    finally:
+        assert receiver.stop() == 0
+    for key in keys:
+        chunks = cluster.lrange(f"data:{{{key}}}", 0, -1)
+        lines = [line for found in chunks for line in chunk.decode(cast(bytes, found)).body.splitlines()]
+        assert [json.loads(line)["business-capability"] for line in lines] == [key] * 3
+
+
+def test_a_cluster_of_three_masters(redis_servers: RedisServers, tmp_path: Path) -> None:
     ports = redis_servers.cluster()
     url = f"redis+cluster://127.0.0.1:{ports[1]}"
     client = connect(url)
@@ -120,6 +156,10 @@ def test_a_cluster_of_three_masters(redis_servers: RedisServers) -> None:
     assert [state.records for state in buffer.waiting()] == [1] * 30
     client.flushall()
     asyncio.run(assert_takes_what_an_event_loop_pushes(client, url))
+    client.flushall()
+    assert isinstance(client, RedisCluster)
+    with Redis(port=ports[0]) as node:
+        assert_a_receiver_stores_once(client, url, node, tmp_path)
 
 
 def test_a_sentinel_group(start: Start, tmp_path: Path) -> None:
