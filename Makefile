@@ -50,8 +50,9 @@ audit: install ## known vulnerabilities of the pinned dependencies; needs the ne
 bench: install ## time the engine against others
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-receiver: install ## time the HTTP receiver against a plain one (needs wrk)
+bench-receiver: install ## time the HTTP receiver against a plain one (needs wrk), and the other doors
 	$(BIN)/python -m benchmarks.receiver $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.doors)
 
 soak: install ## schedules of faults, their books as lines of JSON; ARGS="FIRST COUNT", "--real" or "--hours H"
 	$(BIN)/python -m d2p_pipeline_tests.faults $(ARGS)

@@ -1,7 +1,8 @@
 """Measure the receiver: `python -m benchmarks.receiver`, with wrk on the PATH. aiohttp takes part if it is installed.
 
-One worker, an embedded Redis with `appendfsync always`, everything on this machine. Servers take turns within each round, so
-that a disturbance hits all; tables show medians. Rates per core divide by the CPU time of the receiving process alone.
+One worker, an embedded Redis, everything on this machine. Servers take turns within each round, so that a disturbance hits
+all; tables show medians. Rates per core divide by the CPU time of the receiving process alone. Requests of one record are
+measured with `appendfsync always`, as `d2p up` has it, and `everysec`, Redis' own default: the difference is the disk's.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from redis import Redis
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +31,7 @@ from d2p_pipeline.ingest.generator import generate
 
 CONNECTIONS = 32
 BATCH = 1000
+SYNCS = ("always", "everysec")
 TICKS = os.sysconf("SC_CLK_TCK")
 SERVERS = {
     "receiver": [sys.executable, "-m", "d2p_pipeline.cli.main", "receive", "--port"],
@@ -118,7 +121,7 @@ def load(
     server: Server,
     path: str,
     bodies: list[bytes],
-    seconds: float,
+    seconds: int,
     connections: int,
     delay_ms: float = 0,
 ) -> Load:
@@ -134,13 +137,13 @@ def load(
         script.append("local turn = 0")
         script.append("function request() turn = turn % #bodies + 1 return bodies[turn] end")
         if delay_ms:
-            # Spread, so that the connections do not go in step.
-            script.append(f"function delay() return math.random(0, {round(2 * delay_ms)}) end")
+            # Spread, so that the connections do not go in step; wrk takes whole milliseconds and drops the rest.
+            script.append(f"function delay() return {2 * delay_ms} * math.random() + math.random() end")
         lua = Path(directory) / "wrk.lua"
         lua.write_text("\n".join(script))
         before, redis_before, began = server.cpu, cpu_of(redis.process.pid), time.monotonic()
         said = subprocess.run(
-            ["wrk", "-t1", "--latency", *(f"-c{connections}", f"-d{seconds:g}s"), "-s", str(lua), server.url],
+            ["wrk", "-t1", "--latency", *(f"-c{connections}", f"-d{seconds}s"), "-s", str(lua), server.url],
             capture_output=True,
             text=True,
             check=True,
@@ -158,35 +161,54 @@ def emptied(redis: EmbeddedRedis) -> None:
     subprocess.run([sys.executable, "-c", f"import redis; redis.Redis.from_url({redis.url!r}).flushall()"], check=True)
 
 
-def single(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: float) -> None:
+def single(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: int) -> None:
     """Requests of one record each."""
-    for title, bodies in (
-        ("as the schema has it", padded(list(generate(200, keys=4, seed=1)))),
-        ("of the predecessor, rewritten", list(generate(200, profile="d2p", keys=4, seed=1))),
-    ):
-        size = statistics.mean(map(len, bodies))
-        with running(redis, directory, list(SERVERS)) as servers:
-            found: dict[str, list[Load]] = {name: [] for name in servers}
-            for _ in range(rounds):
+    _compare(redis, directory, rounds, seconds, "as the schema has it", padded(list(generate(200, keys=4, seed=1))))
+
+
+def rewritten(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: int) -> None:
+    """Requests of one of the predecessor's records each."""
+    bodies = list(generate(200, profile="d2p", keys=4, seed=1))
+    _compare(redis, directory, rounds, seconds, "of the predecessor, rewritten", bodies)
+
+
+def _compare(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: int, title: str, bodies: list[bytes]) -> None:
+    with running(redis, directory, list(SERVERS)) as servers, Redis.from_url(redis.url) as client:
+        found: dict[str, dict[str, list[Load]]] = {sync: {name: [] for name in servers} for sync in SYNCS}
+        for _ in range(rounds):
+            for sync, loads in found.items():
+                client.config_set("appendfsync", sync)
                 for name, server in servers.items():
-                    found[name].append(load(redis, server, "/record/", bodies, seconds, CONNECTIONS))
-            best = statistics.median(one.rate for one in found["receiver"])
-            half = load(redis, servers["receiver"], "/record/", bodies, seconds, CONNECTIONS, CONNECTIONS / best * 2000)
-        rows: list[tuple[str, ...]] = []
-        for name, some in found.items():
-            rate, p99 = statistics.median(one.rate for one in some), statistics.median(one.p99_ms for one in some)
-            cpu = statistics.median(one.cpu / (one.rate * one.seconds) for one in some) * 1e6
-            store = statistics.median(one.redis_cpu / (one.rate * one.seconds) for one in some) * 1e6
-            failed = str(sum(one.failed for one in some))
-            # Of what ran one after the other within a round, which a disturbance hits alike.
-            ratios = (ours.rate / other.rate for ours, other in zip(found["receiver"], some, strict=True))
-            ratio = f"{statistics.median(ratios):.2f}"
-            rows.append((name, f"{rate:,.0f}", f"{p99:,.1f}", f"{cpu:,.0f}", f"{store:,.0f}", ratio, failed))
-        rows.append(
-            ("receiver, about half the rate", f"{half.rate:,.0f}", f"{half.p99_ms:,.1f}", "", "", "", str(half.failed))
-        )
+                    loads[name].append(load(redis, server, "/record/", bodies, seconds, CONNECTIONS))
+        for sync, loads in found.items():
+            client.config_set("appendfsync", sync)
+            rate = statistics.median(one.rate for one in loads["receiver"])
+            loads[f"receiver, half of {rate:,.0f}"] = [_at_half(redis, servers["receiver"], bodies, seconds, rate)]
+        client.config_set("appendfsync", "always")
+    size = statistics.mean(map(len, bodies))
+    for sync, loads in found.items():
+        rows = [(name, *_row(some, loads["receiver"])) for name, some in loads.items()]
         columns = ("requests/s", "p99 ms", "CPU µs each", "Redis'", "receiver ÷ this", "failed")
-        _table(f"One record a request, {size:,.0f} bytes, {title}; {CONNECTIONS} connections", columns, rows)
+        table(f"{size:,.0f} bytes, {title}; {CONNECTIONS} connections; appendfsync {sync}", columns, rows)
+
+
+def _at_half(redis: EmbeddedRedis, server: Server, bodies: list[bytes], seconds: int, rate: float) -> Load:
+    """A load of half of the rate. From one request of a client to its next it takes the delay and what the loads before show."""
+    delay, wanted = CONNECTIONS / rate * 1000, 2 * CONNECTIONS / rate * 1000
+    for _ in range(2):
+        found = load(redis, server, "/record/", bodies, seconds, CONNECTIONS, delay)
+        delay = max(0, delay + wanted - CONNECTIONS / found.rate * 1000)
+    return load(redis, server, "/record/", bodies, seconds, CONNECTIONS, delay)
+
+
+def _row(some: list[Load], receiver: list[Load]) -> tuple[str, ...]:
+    rate, p99 = statistics.median(one.rate for one in some), statistics.median(one.p99_ms for one in some)
+    cpu = statistics.median(one.cpu / (one.rate * one.seconds) for one in some) * 1e6
+    store = statistics.median(one.redis_cpu / (one.rate * one.seconds) for one in some) * 1e6
+    # Of what ran one after the other within a round, which a disturbance hits alike.
+    ratios = [ours.rate / other.rate for ours, other in zip(receiver, some, strict=False)]
+    ratio = "" if len(some) < len(receiver) else f"{statistics.median(ratios):.2f}"
+    return f"{rate:,.0f}", f"{p99:,.1f}", f"{cpu:,.0f}", f"{store:,.0f}", ratio, str(sum(one.failed for one in some))
 
 
 def padded(lines: list[bytes], size: int = 2500) -> list[bytes]:
@@ -198,7 +220,7 @@ def padded(lines: list[bytes], size: int = 2500) -> list[bytes]:
     return [json.dumps(record, separators=(",", ":")).encode() for record in records]
 
 
-def batches(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: float) -> None:
+def batches(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: int) -> None:
     """NDJSON bodies."""
     rows: list[tuple[str, ...]] = []
     with running(redis, directory, ["receiver", "without Redis"]) as servers:
@@ -216,7 +238,7 @@ def batches(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: float) 
                 core = statistics.median(len(body) * one.rate * one.seconds / one.cpu / 1e6 for one in some)
                 failed = sum(one.failed for one in some)
                 rows.append((f"{title}, {name}", f"{wall:,.0f}", f"{core:,.0f}", str(failed)))
-    _table(f"NDJSON bodies of {BATCH:,} records, 4 connections", ("MB/s", "MB/s per core", "failed"), rows)
+    table(f"NDJSON bodies of {BATCH:,} records, 4 connections", ("MB/s", "MB/s per core", "failed"), rows)
 
 
 def memory(redis: EmbeddedRedis, directory: Path, records: int) -> None:
@@ -230,7 +252,7 @@ def memory(redis: EmbeddedRedis, directory: Path, records: int) -> None:
             found = load(redis, server, "/records", bodies, 10, 8)
             sent += round(found.rate * found.seconds) * 1000
             rows.append((f"{sent:,}", f"{server.resident / 2**20:,.0f}", f"{found.rate * 1000:,.0f}"))
-    _table("Memory of a worker, batches of 1,000 records", ("MiB", "records/s"), rows)
+    table("Memory of a worker, batches of 1,000 records", ("MiB", "records/s"), rows)
 
 
 def small(count: int) -> list[bytes]:
@@ -241,7 +263,7 @@ def small(count: int) -> list[bytes]:
     return [record % number for number in range(count)]
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     table = Table(title=title, title_justify="left", box=None)
     table.add_column(no_wrap=True)
     for column in columns:
@@ -251,21 +273,24 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) ->
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+PARTS = {"single": single, "rewritten": rewritten, "batches": batches}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.receiver", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each server (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=5, help="seconds of load (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=5, help="seconds of load (%(default)s)")
     parser.add_argument("--records", type=int, default=10_000_000, help="records of the memory run (%(default)s)")
-    parser.add_argument("--only", action="append", choices=["single", "batches", "memory"], help="may be repeated")
+    parser.add_argument("--only", action="append", choices=[*PARTS, "memory"], help="may be repeated")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("wrk is needed: https://github.com/wg/wrk, or your system's package of that name")
     with tempfile.TemporaryDirectory() as directory, EmbeddedRedis(Path(directory) / "redis") as redis:
-        for name in options.only or ["single", "batches", "memory"]:
+        for name in options.only or [*PARTS, "memory"]:
             if name == "memory":
                 memory(redis, Path(directory), options.records)
             else:
-                {"single": single, "batches": batches}[name](redis, Path(directory), options.rounds, options.seconds)
+                PARTS[name](redis, Path(directory), options.rounds, options.seconds)
 
 
 if __name__ == "__main__":
