@@ -59,7 +59,7 @@ soak: install ## schedules of faults, their books as lines of JSON; ARGS="FIRST 
 
 fuzz: install ## fuzz every decoder of strangers' bytes, SECONDS=30 each; installs atheris
 	$(BIN)/pip install --quiet --disable-pip-version-check atheris || { echo "atheris does not install here"; exit 1; }
-	for target in body record frames compressed chunks document http; do \
+	for target in body record frames compressed chunks document message letter http; do \
 		$(BIN)/python -m d2p_pipeline_tests.fuzz $$target -max_total_time=$${SECONDS:-30} -timeout=20 || exit 1; done
 
 clean: ## remove the environment and all local state

@@ -15,26 +15,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import atheris
 
 with atheris.instrument_imports(include=["d2p_pipeline"]):
     from d2p_pipeline.ingest import fluent, forward
     from d2p_pipeline.ingest.bodies import SNIFFED, BodyError, records, splitter
+    from d2p_pipeline.ingest.commit import pushes
     from d2p_pipeline.ingest.compression import CompressionError, decompressed
     from d2p_pipeline.ingest.documents import Content, ForeignError, blocks
     from d2p_pipeline.ingest.http import Connection, Service
     from d2p_pipeline.ingest.intake import Intake
+    from d2p_pipeline.ingest.messages import Messages
+    from d2p_pipeline.ingest.sqs import Message
     from d2p_pipeline.records import chunk
     from d2p_pipeline.records.accept import acceptor
     from d2p_pipeline.records.conceal import conceal
-    from d2p_pipeline.records.dead_letter import Rejected
+    from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
     from d2p_pipeline.records.key import key_of
     from d2p_pipeline.records.rules import Rules
 
 LIMIT = 1 << 20
-SEEDS = [str(Path(__file__).parent / "fixtures" / name) for name in ("fluent", "predecessors")]
+SEEDS = [str(Path(__file__).parent / "fixtures" / name) for name in ("fluent", "fuzz", "predecessors")]
 RULES = Rules(default_capability="fuzz")
 COMPLETION = fluent.Completion(RULES)
 INTAKE = Intake(RULES, max_record_bytes=LIMIT)
@@ -90,6 +93,33 @@ def document(data: bytes) -> None:
         list(blocks(Content(io.BytesIO(data)), 1 << 12, 1 << 16))
 
 
+class Objects:
+    """The one object there is."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def open(self, bucket: str, key: str, version: str | None) -> IO[bytes]:
+        if not bucket:
+            raise LookupError("NoSuchBucket")
+        return io.BytesIO(self._content)
+
+
+def message(data: bytes) -> None:
+    """A message of a queue; after a NUL, which SQS does not take, the object that it may tell of."""
+    text, _, content = data.partition(b"\0")
+    convert = Messages(INTAKE, max_record_bytes=LIMIT, sns=True, objects=Objects(content))
+    for request in convert(Message("m", "r", text.decode(errors="replace"))):
+        request.pack()
+        list(pushes([request], "name", 1, keep_dead_letters=True))
+
+
+def letter(data: bytes) -> None:
+    """An element of a queue of dead letters."""
+    found = DeadLetter.read(data)
+    assert DeadLetter.from_json(found.to_json()) == found
+
+
 class Transport:
     """Takes answers, and ends when it is told to."""
 
@@ -132,7 +162,7 @@ def _service() -> Service:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (body, record, frames, compressed, chunks, document, http)
+    target.__name__: target for target in (body, record, frames, compressed, chunks, document, message, letter, http)
 }
 
 

@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -57,17 +57,21 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_json(cls, data: bytes) -> "DeadLetter":
         """Inverse of `to_json`. ValueError if `data` is something else."""
-        wire = _decode_wire(data)
+        try:
+            wire = _decode_wire(data)
+            received_at = wire.received_at.astimezone(UTC)
+        except (RecursionError, OverflowError) as error:
+            raise ValueError(str(error)) from error
         if wire.raw is not None:
             raw = wire.raw.encode("utf-8")
         elif wire.raw_base64 is not None:
-            raw = base64.b64decode(wire.raw_base64)
+            raw = base64.b64decode(wire.raw_base64, validate=True)
         else:
             raise msgspec.ValidationError("Object missing required field `raw` or `raw_base64`")
         return cls(
             reason=wire.reason,
             stage=wire.stage,
-            received_at=(wire.received_at - _EPOCH) // timedelta(milliseconds=1),
+            received_at=(received_at - _EPOCH) // timedelta(milliseconds=1),
             raw=raw,
             batch=wire.batch,
             history=wire.history or (),
@@ -97,7 +101,7 @@ def log_unkept(key: str, letters: Iterable[DeadLetter]) -> None:
 class _Wire(msgspec.Struct, omit_defaults=True):
     reason: str
     stage: Stage
-    received_at: datetime
+    received_at: Annotated[datetime, msgspec.Meta(tz=True)]
     batch: str | None
     raw: str | None = None
     raw_base64: str | None = None

@@ -40,9 +40,26 @@ def test_bytes_that_are_not_text_are_carried_as_base64() -> None:
     assert "raw" not in wire
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"{}", b'{"reason":"r","stage":"parse","received_at":"1970-01-01T00:00:00Z","batch":null}']
-)
-def test_something_else_is_not_a_dead_letter(data) -> None:
+def told(received_at: str = "1970-01-01T00:00:00Z", more: str = '"raw":"x"') -> bytes:
+    return f'{{"reason":"r","stage":"parse","received_at":"{received_at}","batch":null,{more}}}'.encode()
+
+
+SOMETHING_ELSE = {
+    "nothing": b"",
+    "no fields": b"{}",
+    "no record": told(more='"history":[]'),
+    "a time of no zone": told("1970-01-01T00:00:00"),
+    "a time after all years": told("9999-12-31T23:59:59.9999-23:59"),
+    "a time before all years": told("0001-01-01T00:00:00+23:59"),
+    "nested without end": told(more='"raw":"x","deep":' + "[" * 100_000),
+    "no base64": told(more='"raw_base64":"a!==="'),
+}
+
+
+@pytest.mark.parametrize("data", SOMETHING_ELSE.values(), ids=SOMETHING_ELSE)
+def test_something_else_is_not_a_dead_letter(data: bytes) -> None:
+    """Any program may write into a queue; whoever reads it shows what is no letter as one about itself."""
+    assert DeadLetter.from_json(told()).raw == b"x"
     with pytest.raises(ValueError):
         DeadLetter.from_json(data)
+    assert DeadLetter.read(data).raw == data
