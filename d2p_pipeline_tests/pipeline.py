@@ -93,9 +93,10 @@ def pipeline(
 
     root = tmp_path / "files"
     settings = {"REDIS_URL": redis_server.url, "WRITER_FILE_PATH": str(root), "BUFFER_SIZE": "100"}
-    settings["WRITE_RETRY_DELAY"] = "0.05"  # read once, with the job
     for name, value in settings.items():
         monkeypatch.setenv(f"D2P_{name}", value)
+    # The job has read its setting already.
+    monkeypatch.setattr(dg.RetryPolicy, "calculate_delay", lambda policy, attempt: 0.05)
     sensor.parts.cache_clear()
     with dg.DagsterInstance.ephemeral() as instance:
         yield Pipeline(redis_buffer, root, instance)
