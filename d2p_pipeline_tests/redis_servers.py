@@ -28,8 +28,9 @@ class RedisServers:
         port = free_port()
         directory = self._directory / str(port)
         directory.mkdir()
-        command = [server or binary(), *program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir"]
-        self._processes[port] = subprocess.Popen([*command, str(directory), *options], stdout=subprocess.DEVNULL)
+        command = [server or binary(), *program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+        command += ["--repl-diskless-sync-delay", "0", "--dir", str(directory)]  # a replica need not wait for others
+        self._processes[port] = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
         if "--requirepass" not in options:
             until(lambda: Redis(port=port).ping())
         return port
