@@ -8,6 +8,7 @@ unknown     the last word was a broken connection or a 503 that says nobody know
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -102,10 +103,13 @@ class Producer(threading.Thread):
             pass
         self._leave.release(batches)
 
-    def finish(self, batches: int) -> None:
+    def finish(self, batches: int, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait until it has sent so many in all."""
         for _ in range(batches):
-            assert self._sent.acquire(timeout=120)
+            deadline = time.monotonic() + 120
+            while not self._sent.acquire(timeout=0.1):
+                meanwhile()
+                assert time.monotonic() < deadline, f"{self.name} did not send all it was to send"
 
     def stop(self) -> Account:
         self._ending.set()

@@ -155,6 +155,14 @@ class World:
         self.redis.stop()
         self.redis = self._start_redis()
 
+    def look_after_doors(self) -> None:
+        """A door that found no Redis when it started is started again, as by any supervisor; nothing else ends one."""
+        for door in self.doors:
+            code = door.process.poll()
+            assert code in (None, 2), f"{door.log.name}: it ended by itself: {door.last_words()}"
+            if code is not None:
+                door.start()
+
     def messages_left(self) -> int:
         """Messages that wait or are being worked on; of those whose poller is gone, the time is over now."""
         queue = sqs_backends[DEFAULT_ACCOUNT_ID][REGION].queues[self._queue]
@@ -267,13 +275,14 @@ class _Course:
                 if step < self.daemons_until:
                     self.tick()
                 time.sleep(STEP_SECONDS)
+                self.world.look_after_doors()
                 self.take_requests()
                 with contextlib.suppress(RedisError):
                     self.let_time_pass(buffer)
         finally:
             self.undo_until(None)
         for producer in producers:
-            producer.finish(self.schedule.steps * _BATCHES_PER_STEP[type(producer)])
+            producer.finish(self.schedule.steps * _BATCHES_PER_STEP[type(producer)], self.world.look_after_doors)
         accounts = [producer.stop() for producer in producers]
         self.settle(buffer)
         batches = batches_of(self.files(), self.sealed)
@@ -581,8 +590,7 @@ class _Course:
             self.strike_pending(self.schedule.steps)
             if self.is_at_rest(buffer):
                 break
-            for door in self.world.doors:
-                assert door.process.poll() is None, f"{door.log.name}: it ended by itself: {door.last_words()}"
+            self.world.look_after_doors()
             time.sleep(0.05)
             self.take_requests()
             assert time.monotonic() < deadline, f"seed {self.schedule.seed} did not settle: {self.state(buffer)}"
