@@ -171,8 +171,19 @@ class ForeignValueError(Exception):
     """Another program's value has a name of ours; nothing of this push was stored."""
 
 
-class PartlyStoredError(Exception):
-    """On a Cluster, where keys are stored one by one: some pushes were stored, others refused."""
+class PartlyStoredError(ForeignValueError):
+    """On a Cluster, where keys are stored one by one: the pushes of some keys were refused, those of the others stored."""
+
+    def __init__(self, refused: "Mapping[str, ForeignValueError]") -> None:
+        super().__init__("; ".join(map(str, refused.values())) + "; what has other keys was stored")
+        self._refused = refused
+
+    def of(self, keys: set[str]) -> ForeignValueError | None:
+        """What it means to whom only some of the keys matter."""
+        refused = {key: error for key, error in self._refused.items() if key in keys}
+        return (
+            PartlyStoredError(refused) if len(refused) < len(keys) and refused else next(iter(refused.values()), None)
+        )
 
 
 class Buffer(Protocol):

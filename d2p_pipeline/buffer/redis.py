@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import msgspec
 from redis.exceptions import RedisError
@@ -88,9 +88,9 @@ class RedisBuffer:
         together = [[push] for push in pushes] if self._server.is_cluster else [list(pushes)] if pushes else []
         try:
             replies = list(chain.from_iterable(self._run([self._push_of(some, sent) for some in together])))
-        except ForeignValueError as error:
+        except ForeignValueError:
             if len(together) > 1:
-                raise PartlyStoredError(str(error)) from error
+                self._push_apart(pushes, sent)
             raise
         except BufferFullError as error:
             if len(together) > 1:
@@ -102,6 +102,16 @@ class RedisBuffer:
             self._ahead = None  # it may be that the clocks went apart
             raise
         self._index(*self._filled_and_begun(pushes, replies))
+
+    def _push_apart(self, pushes: Sequence[Push], sent: int) -> NoReturn:
+        """Find out which pushes are refused; what is stored already changes nothing."""
+        refused: dict[str, ForeignValueError] = {}
+        for push in pushes:
+            try:
+                self._push([push], sent)
+            except ForeignValueError as error:
+                refused[push.key] = error
+        raise PartlyStoredError(refused)
 
     async def push_async(self, pushes: Sequence[Push]) -> None:
         sent = await self._aside(self._about_now) if self._ahead is None else self._about_now()
@@ -120,7 +130,6 @@ class RedisBuffer:
         return await asyncio.get_running_loop().run_in_executor(self._thread, action)
 
     async def end_async(self) -> None:
-        self._thread.shutdown()
         if self._line:
             await self._line.close()
 
@@ -471,6 +480,7 @@ class RedisBuffer:
         return state.records >= self._full_records or state.size >= self._full_bytes
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._server.close()
 
     def _schedule(self, index: str, looks: Mapping[str, int | str]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from d2p_pipeline.buffer.protocol import Buffer, ForeignValueError, Push
+from d2p_pipeline.buffer.protocol import Buffer, ForeignValueError, PartlyStoredError, Push
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.dead_letter import DeadLetter, log_unkept
 
@@ -190,21 +190,24 @@ class GroupCommit:
     async def _commit(self, requests: Sequence[Request]) -> list[Exception | None]:
         """Store requests; what became of each."""
         name = f"{self._producer}-{next(self._sequence)}"
+        outcomes: list[Exception | None] = [None] * len(requests)
         try:
             if sum(request.size for request in requests) <= SMALL_BYTES:
                 await self._buffer.push_async(self._pushes(requests, name))
             else:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._push, requests, name)
+        except PartlyStoredError as error:
+            outcomes = [error.of(request.keys) for request in requests]
         except ForeignValueError as error:
             # Nothing was stored, and most requests have no part in it.
             return [error] if len(requests) == 1 else [(await self._commit([request]))[0] for request in requests]
         except Exception as error:  # noqa: BLE001  # it is everybody's who waits
             return [error] * len(requests)
         if not self._keep_dead_letters:
-            for request in requests:
-                for key, letters in request.dead_letters.items():
+            for request, error in zip(requests, outcomes, strict=True):
+                for key, letters in request.dead_letters.items() if error is None else ():
                     log_unkept(key, letters)
-        return [None] * len(requests)
+        return outcomes
 
     def _push(self, requests: Sequence[Request], name: str) -> None:
         self._buffer.push(self._pushes(requests, name))

@@ -45,7 +45,13 @@ def _document() -> dict[str, Any]:
                     "in": "header",
                     "description": "Key and body together name a request; repeated within push_window it stores nothing.",
                     "schema": {"type": "string", "maxLength": 255},
-                }
+                },
+                "FluentTag": {
+                    "name": "X-Fluent-Tag",
+                    "in": "header",
+                    "description": "The tag of Fluent Bit's records; key_from_tag and fluent_defaults complete them.",
+                    "schema": {"type": "string"},
+                },
             },
             "schemas": _schemas(),
         },
@@ -53,10 +59,13 @@ def _document() -> dict[str, Any]:
     }
 
 
+_PARAMETERS = [{"$ref": f"#/components/parameters/{name}"} for name in ("IdempotencyKey", "FluentTag")]
+
+
 def _post_record() -> dict[str, Any]:
     return {
         "summary": "Store one record.",
-        "parameters": [{"$ref": "#/components/parameters/IdempotencyKey"}],
+        "parameters": _PARAMETERS,
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": _ref("Record")}, "application/msgpack": {}},
@@ -72,7 +81,7 @@ def _post_records() -> dict[str, Any]:
             'NDJSON, a JSON array, {"logs": […]}, or MessagePack (maps, or Fluent events), told apart by looking; '
             "Content-Encoding gzip or zstd. Malformed records become dead letters, the others are accepted."
         ),
-        "parameters": [{"$ref": "#/components/parameters/IdempotencyKey"}],
+        "parameters": _PARAMETERS,
         "requestBody": {
             "required": True,
             "content": {
@@ -115,7 +124,12 @@ _REFUSALS = {
     "413": "The body, or what it brings, is too large. Send smaller batches.",
     "415": "The Content-Encoding is not supported.",
     "429": "A key has as much waiting as it may (max_key_bytes). Repeat the request.",
+    "500": "Another program's value has a name of the key in Redis, or a defect. Repeat the request when it is mended.",
     "503": "The buffer takes nothing now. Repeat the request.",
+}
+_WITHOUT_BODY = {
+    "431": "The head is too long.",
+    "501": "A Transfer-Encoding other than chunked.",
 }
 
 
@@ -123,7 +137,7 @@ def _refusals() -> dict[str, Any]:
     refusals = {status: _answer(text, "Error") for status, text in _REFUSALS.items()}
     for status in ("429", "503"):
         refusals[status]["headers"] = {"Retry-After": {"$ref": "#/components/headers/Retry-After"}}
-    return refusals
+    return refusals | {status: {"description": text} for status, text in _WITHOUT_BODY.items()}
 
 
 def _answer(description: str, schema: str | None) -> dict[str, Any]:

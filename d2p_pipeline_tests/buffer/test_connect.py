@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,7 +119,7 @@ def test_a_reply_that_came_too_late_is_not_taken_for_the_next_one(start: Start) 
 
 
 def assert_a_receiver_stores_once(cluster: RedisCluster, url: str, some_node: Redis, directory: Path) -> None:
-    """Also what is repeated after a node was full, which by then may have been stored in part."""
+    """Also what is repeated after a key was refused or a node was full, and by then may have been stored in part."""
     keys = [f"key {number}" for number in range(30)]
     body = "\n".join(json.dumps({**RECORD, "business-capability": key}) for key in keys)
     receiver = RunningReceiver(directory, {"redis_url": url})
@@ -126,6 +127,17 @@ def assert_a_receiver_stores_once(cluster: RedisCluster, url: str, some_node: Re
         post, named = receiver.client.post, {"idempotency-key": "one"}
         assert {post("/record/", content=line).status_code for line in body.splitlines()} == {201}
         assert post("/records", content=body).json()["accepted"] == 30
+        cluster.set("data:{taken}", "another program's")
+        taken = json.dumps({**RECORD, "business-capability": "taken"})
+        with ThreadPoolExecutor(8) as pool:  # they share commits
+            lines = [taken if number % 2 else body.splitlines()[number // 2] for number in range(60)]
+            found = pool.map(lambda line: post("/record/", content=line).status_code, lines)
+            assert list(found) == [201, 500] * 30
+        answer = post("/records", content=f"{body}\n{taken}", headers=named)
+        assert (answer.status_code, "data:{taken} is a string" in answer.text) == (500, True)
+        cluster.delete("data:{taken}")
+        answer = post("/records", content=f"{body}\n{taken}", headers=named)
+        assert answer.json()["accepted"] == 31
         some_node.config_set("maxmemory", 1)
         assert post("/records", content=body, headers=named).status_code == 503
         some_node.config_set("maxmemory", 0)
@@ -133,10 +145,10 @@ def assert_a_receiver_stores_once(cluster: RedisCluster, url: str, some_node: Re
             assert post("/records", content=body, headers=named).json()["accepted"] == 30
     finally:
         assert receiver.stop() == 0
-    for key in keys:
+    for key, times in [*((key, 5) for key in keys), ("taken", 1)]:
         chunks = cluster.lrange(f"data:{{{key}}}", 0, -1)
         lines = [line for found in chunks for line in chunk.decode(cast(bytes, found)).body.splitlines()]
-        assert [json.loads(line)["business-capability"] for line in lines] == [key] * 3
+        assert [json.loads(line)["business-capability"] for line in lines] == [key] * times
 
 
 def test_a_cluster_of_three_masters(redis_servers: RedisServers, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ GOOD: dict[str, Any] = {
     "application-service": "a",
 }
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "dashboard.json"
+GUIDE = Path(__file__).parents[2] / "docs" / "receiver.md"
 
 
 # --- TLS
@@ -264,6 +265,18 @@ def test_the_openapi_document_is_valid_and_names_every_route(receiver: RunningRe
                 assert receiver.client.get(path).status_code == 200
     listed = receiver.client.get("/nowhere").json()["error"]
     assert all(path.rstrip("/") in listed for path in document["paths"])
+
+
+@pytest.mark.skipif(not GUIDE.exists(), reason="an installed package has no docs directory")
+def test_the_openapi_document_has_every_answer_of_the_guide() -> None:
+    statuses = {
+        status
+        for row in re.findall(r"^\| (\d{3}(?:, \d{3})*) \|", GUIDE.read_text(), re.M)
+        for status in row.split(", ")
+    }
+    assert len(statuses) > 10
+    posts = [one["post"]["responses"] for one in json.loads(openapi.document())["paths"].values() if "post" in one]
+    assert [statuses - {*post} for post in posts] == [{"404", "405"}] * 3  # of other paths and methods
 
 
 def test_pipelined_requests_are_answered_in_order(receiver: RunningReceiver, redis_client: Redis) -> None:

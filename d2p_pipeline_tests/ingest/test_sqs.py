@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import io
 import json
 import os
 import secrets
@@ -16,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from botocore.session import Session
@@ -279,6 +280,49 @@ def test_the_objects_of_s3_events_are_read_once(
     for part in (f"{event_id}: s3://{bucket}/bad.json: ", "cut.gz: it cannot be read to its end", "a Parquet file"):
         assert any(part in reason for reason in reasons), reasons
     assert any("nowhere" in reason and "NoSuchKey" in reason for reason in reasons)
+
+
+class SomeObjects:
+    """One of two is there; its content is its name."""
+
+    def open(self, bucket: str, key: str, version: str | None) -> IO[bytes]:
+        if len(key) % 2:
+            raise LookupError("NoSuchKey")
+        return io.BytesIO(key.encode("utf-8", "replace"))
+
+
+# What SNS and S3 say, and what is nearly that.
+said = st.text(max_size=40) | st.sampled_from(["Notification", "ObjectCreated:Put", "s3:TestEvent", record(1)])
+names = ["Type", "Message", "TopicArn", "Records", "eventName", "s3", "bucket", "object", "name", "key", "Event"]
+envelopes = st.recursive(
+    said | st.none() | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(names), inner, max_size=4),
+)
+changes = st.builds(
+    lambda event, bucket, key: {"eventName": event, "s3": {"bucket": {"name": bucket}, "object": {"key": key}}},
+    *(said, said, said),
+)
+
+
+unwrapping = messages(sns=True, objects=SomeObjects())
+
+
+@given(
+    st.text(max_size=200)
+    | envelopes.map(json.dumps)
+    | st.lists(changes, max_size=3).map(lambda some: json.dumps({"Records": some}))
+    | st.builds(lambda inner: notification(json.dumps(inner)), envelopes)
+)
+def test_whatever_a_message_says_is_taken_kept_or_has_nothing_to_read(body: str) -> None:
+    found = list(unwrapping(Message("id", "receipt", body)))
+    assert len({request.id for request in found}) == len(found)
+    assert all(
+        letter.reason.startswith("SQS message id: ")
+        for one in found
+        for some in one.dead_letters.values()
+        for letter in some
+    )
+    assert any(one.lines or one.dead_letters for one in found) or "Records" in body or "s3:TestEvent" in body
 
 
 def test_an_object_that_cannot_be_fetched_now_leaves_its_message_in_the_queue(
