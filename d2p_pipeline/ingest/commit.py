@@ -5,6 +5,7 @@ A request is answered after its commit: everything of it is stored, or nothing.
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -22,6 +23,8 @@ from d2p_pipeline.records.dead_letter import DeadLetter, log_unkept
 
 if TYPE_CHECKING:
     from d2p_pipeline.ingest.pressure import Pressure
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 """Raw bytes after which a key's lines go on in another chunk, so that units can be cut evenly."""
@@ -173,7 +176,10 @@ class GroupCommit:
         for (request, done), error in zip(group, outcomes, strict=True):
             if error is None and self._pressure:
                 self._pressure.added(request)
-            done(error)
+            try:
+                done(error)
+            except Exception:  # else nobody would be answered any more
+                log.exception("whoever waited for a commit could not be told of it")
         self._running = None
         self._concurrency = max(len(group) + len(self._waiting), self._concurrency * 0.8)
         if self._waiting:

@@ -157,6 +157,8 @@ class Pollers:
         self._hidden_until: dict[str, float] = {}
         # One thread for each poller's calls, and some for those beside them.
         self._threads = ThreadPoolExecutor(2 * most + 2, "d2p-sqs")
+        # Others for what messages hold: objects that take long must not keep messages from staying hidden.
+        self._converting = ThreadPoolExecutor(2 * most, "d2p-sqs-objects")
         self._running: dict[int, asyncio.Task[None]] = {}
 
     def stop(self) -> None:
@@ -180,6 +182,7 @@ class Pollers:
         finally:
             keeper.cancel()
             self._threads.shutdown()
+            self._converting.shutdown()
 
     async def _adapt(self) -> None:
         if self._stopping.is_set():
@@ -223,7 +226,7 @@ class Pollers:
         records = dead_letters = 0
         try:
             requests = self._convert(message)
-            while (request := await self._call(lambda: next(requests, None))) is not None:
+            while (request := await self._call(lambda: next(requests, None), self._converting)) is not None:
                 await self._retrying((BufferFullError, BufferUnavailableError))(self._commit.store, request)
                 records += sum(map(len, request.lines.values()))
                 dead_letters += sum(map(len, request.dead_letters.values()))
@@ -281,8 +284,8 @@ class Pollers:
 
     # -- calls and repetitions
 
-    async def _call(self, action: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, action)
+    async def _call(self, action: Callable[[], _T], threads: ThreadPoolExecutor | None = None) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(threads or self._threads, action)
 
     def _retrying(self, errors: tuple[type[Exception], ...], attempts: int = 0) -> AsyncRetrying:
         """Repeats with growing, jittered pauses, until it is told to stop."""

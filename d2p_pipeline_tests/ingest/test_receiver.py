@@ -380,6 +380,25 @@ def test_commits_wait_for_nobody_else_who_needs_a_thread(redis_buffer: RedisBuff
     assert {state.key for state in redis_buffer.due(redis_buffer.now() + 1, 10)} == {"small", "large"}
 
 
+def test_who_cannot_be_told_of_a_commit_keeps_no_other_waiting(
+    redis_buffer: RedisBuffer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def defective(error: Exception | None) -> None:
+        raise ZeroDivisionError
+
+    async def store() -> None:
+        commit = GroupCommit(redis_buffer, window=60, keep_dead_letters=True)
+        commit.submit(Request(lines={"first": [b"{}"]}, size=2), defective)
+        async with asyncio.timeout(TOTAL_TIMEOUT):
+            await commit.store(Request(lines={"beside": [b"{}"]}, size=2))
+            await commit.store(Request(lines={"after": [b"{}"]}, size=2))
+            await commit.close()
+
+    asyncio.run(store())
+    assert {state.key for state in redis_buffer.due(redis_buffer.now() + 1, 10)} == {"first", "beside", "after"}
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_a_large_batch_goes_into_chunks_of_bounded_size(start_receiver: StartReceiver, redis_client: Redis) -> None:
     receiver = start_receiver()
     lines = list(generate(4000, keys=1, seed=1))

@@ -427,6 +427,30 @@ def test_while_the_buffer_is_full_messages_stay_hidden_and_are_stored_once_after
     assert texts(redis_buffer) == ["m0", "m1", "m2"]
 
 
+def test_while_what_messages_hold_takes_long_to_read_they_stay_hidden(
+    queue: TestQueue, redis_buffer: RedisBuffer
+) -> None:
+    read = threading.Event()
+
+    class Slow(Messages):
+        def __call__(self, message: Message) -> Iterator[Request]:
+            read.wait(DEADLINE)
+            yield from super().__call__(message)
+
+    queue.send(*map(record, range(10)))
+
+    async def test(pollers: Pollers) -> None:
+        try:
+            await until(lambda: queue.proxy.calls("ChangeMessageVisibilityBatch"))
+        finally:
+            read.set()
+        await until(lambda: queue.left() == 0)
+
+    convert = Slow(Intake(rules(), max_record_bytes=1 << 20), max_record_bytes=1 << 20)
+    polling(queue, redis_buffer, test, visibility=2, most=1, convert=convert)
+    assert texts(redis_buffer) == [f"m{n}" for n in range(10)]
+
+
 def test_a_poller_that_stops_while_the_buffer_is_full_gives_its_messages_back(
     queue: TestQueue, redis_buffer: RedisBuffer, redis_client: Redis
 ) -> None:
