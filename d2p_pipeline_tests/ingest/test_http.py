@@ -316,7 +316,7 @@ def test_who_sent_a_request_while_the_process_stood_still_is_answered() -> None:
 
             def stall(service: Service) -> None:
                 for connection in service.connections:
-                    connection.deadline = service.loop.time()
+                    connection.deadline = service.loop.time() + SWEEP_SECONDS / 2  # not that of the sweep before
                 other.sendall(post("/two", b"in time"))
                 time.sleep(2 * SWEEP_SECONDS)  # as long as the process stands still
 
