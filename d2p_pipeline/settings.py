@@ -468,6 +468,8 @@ class Settings(BaseSettings):
     """Longest time a request's head may take, in seconds."""
     body_timeout: Seconds = 60.0
     """Longest time a request's body may take, in seconds, and one more for every 64 KiB it brings."""
+    access_log: bool = False
+    """Whether each answer of the receiver is a line of the log: method, path, status, milliseconds."""
     tokens: Tokens = ()
     """Bearer tokens, any of which a request has to carry; comma or space between them (secret)."""
     tokens_file: Path | None = None

@@ -204,6 +204,7 @@ VALID: dict[str, SearchStrategy[Any]] = {
     "max_connections": whole,
     "header_timeout": seconds,
     "body_timeout": seconds,
+    "access_log": st.booleans(),
     "tokens": words,
     "tokens_file": path,
     "allow_remote_without_token": st.booleans(),

@@ -55,6 +55,7 @@ class Receiver:
         tokens: Tokens,
         metrics: "Metrics",
         completion: Completion | None = None,
+        access_log: bool = False,
     ) -> None:
         self._buffer = buffer
         self._commit = commit
@@ -64,6 +65,7 @@ class Receiver:
         self._intake = Intake(rules, max_record_bytes=self._limits.record_bytes)
         self._completion = completion or Completion(rules)
         self._metrics = metrics
+        self._has_access_log = access_log
         self._tasks: set[asyncio.Task[None]] = set()
         self._clock = asyncio.get_running_loop().time
         self._posts: dict[str, Callable[[Exchange, Body], Awaitable[Answer]]] = {
@@ -102,6 +104,8 @@ class Receiver:
         seconds = self._clock() - exchange.arrived
         known = path in self._posts or path in self._gets
         self._metrics.answered(path if known else "other", answer.status, answer.refusal, seconds)
+        if self._has_access_log:
+            log.info("%s %s %d %.3f ms", exchange.method, exchange.path, answer.status, seconds * 1000)
         if answer.text:
             body, kind = answer.text
             headers = (("content-type", kind),)

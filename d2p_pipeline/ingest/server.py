@@ -76,6 +76,7 @@ def receiver(settings: Settings) -> "Receiver":
         tokens=tokens,
         metrics=metrics,
         completion=wiring.completion(settings),
+        access_log=settings.access_log,
     )
 
 
@@ -92,6 +93,7 @@ def serve(settings: Settings) -> None:
         _listener(settings.address, settings.port) as listener,
     ):
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+        log.info("receiver on %s:%d%s", settings.address, settings.port, " (TLS)" if tls else "")
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             _supervise(settings, listener, tls)

@@ -182,7 +182,7 @@ def metrics_of(receiver: RunningReceiver) -> dict[str, dict[tuple[str, ...], flo
 def test_metrics_of_all_workers_and_of_redis(
     start_receiver: StartReceiver, redis_client: Redis, redis_buffer: RedisBuffer
 ) -> None:
-    receiver = start_receiver(workers="2")
+    receiver = start_receiver(workers="2", access_log="true")
     body = "\n".join([*[json.dumps({**GOOD, "message": str(number)}) for number in range(4)], "cut"])
     for _ in range(6):  # over new connections, so that both workers have their turn
         with httpx.Client(base_url=receiver.url, timeout=30) as client:
@@ -194,6 +194,7 @@ def test_metrics_of_all_workers_and_of_redis(
     assert claim
     redis_buffer.acknowledge(claim, 0, units=2, rows=10, files=[1000])
     found = metrics_of(receiver)
+    assert len(re.findall(r"POST /records 202 \d+\.\d+ ms$", receiver.log.read_text(), re.M)) == 6
     requests = {labels: count for labels, count in found["d2p_http_requests_total"].items() if "check" not in labels[0]}
     assert requests == {("/record", "400"): 6, ("/records", "202"): 6, ("other", "404"): 6}
     assert found["d2p_received_records_total"] == {("accepted",): 24, ("dead_lettered",): 6}
@@ -258,6 +259,7 @@ def test_every_metric_of_the_dashboard_exists(start_receiver: StartReceiver, red
 def test_the_openapi_document_is_valid_and_names_every_route(receiver: RunningReceiver) -> None:
     document = receiver.client.get("/openapi.json").json()
     assert document == json.loads(openapi.document())
+    assert "openapi" not in receiver.log.read_text()  # no access log, as nobody asked for it
     validate(document)
     for path, operations in document["paths"].items():
         for method in operations:
