@@ -11,7 +11,8 @@ def main() -> None:
     # What a command imports is no garbage; looking for some would take a tenth of its start.
     gc.set_threshold(50_000)
     early = None
-    if sys.argv[1:2] == ["convert"]:
+    is_convert = sys.argv[1:2] == ["convert"]
+    if is_convert:
         from d2p_pipeline.ingest import workers
 
         # Options and their values are not told from files here: what is no file counts for nothing.
@@ -19,7 +20,11 @@ def main() -> None:
 
     from d2p_pipeline.cli.app import app
 
-    app(obj=early)
+    try:
+        app(obj=early)
+    finally:
+        if is_convert:
+            gc.freeze()  # nothing is used again, yet Python would look through all of it before it ends
 
 
 if __name__ == "__main__":

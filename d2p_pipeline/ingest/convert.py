@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-import xxhash
-
-from d2p_pipeline.ingest.documents import Block, Content, ForeignError, Readable, blocks
+from d2p_pipeline.ingest.documents import Content, ForeignError, Range, Readable, blocks, ranges
 from d2p_pipeline.ingest.task import Converter, Failure, Outcome, Plan, Result, Task, Text, get_ready, keep_memory
 from d2p_pipeline.ingest.workers import Worker, WorkerDiedError, Workers
 
@@ -71,7 +69,7 @@ def convert(
     """
     summary = Summary(inputs=len(names))
     began = time.monotonic()
-    tasks = _tasks(names, plan, block_bytes, summary, ranges=jobs > 1 or workers is not None)
+    tasks = _tasks(names, plan, block_bytes, summary, by_range=jobs > 1 or workers is not None)
     keep_memory()
     try:
         with contextlib.closing(_results(tasks, plan, jobs, workers)) as results:
@@ -121,8 +119,8 @@ _MOST_REASONS = 1000
 # --- cutting
 
 
-def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary, *, ranges: bool) -> Iterator[_Work]:
-    """Every block of every input, in order; without its text where `ranges` is set and the range tells enough."""
+def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary, *, by_range: bool) -> Iterator[_Work]:
+    """Every block of every input, in order; without its text where `by_range` is set and the range tells enough."""
     seen: Counter[str] = Counter()
     for name in names:
         try:
@@ -132,13 +130,13 @@ def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary,
                 is_file = stat.S_ISREG(status.st_mode)
                 received_at = status.st_mtime_ns // 1_000_000 if is_file else time.time_ns() // 1_000_000
                 taken = 0
-                for block in blocks(content, block_bytes, plan.max_record_bytes):
-                    digest = _digest(block)
-                    by_range = ranges and is_file and not content.compressed and block.offset is not None
+                cut = ranges if by_range and is_file and not content.compressed else blocks
+                for block in cut(content, block_bytes, plan.max_record_bytes):
+                    digest = block.digest
                     task = Task(
                         name=name,
-                        offset=block.offset if by_range else None,
-                        size=len(block.text),
+                        offset=block.offset if isinstance(block, Range) else None,
+                        size=block.size,
                         breaks=block.breaks,
                         digest=digest,
                         unit=seen[digest],
@@ -147,7 +145,7 @@ def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary,
                     )
                     seen[digest] += 1
                     taken = content.taken
-                    yield task, b"" if by_range else block.text
+                    yield task, b"" if isinstance(block, Range) else block.text
                     if summary.stopped:
                         return
                 summary.empty += content.offset == 0
@@ -163,13 +161,6 @@ def _opened(name: str) -> contextlib.AbstractContextManager[Readable]:
     if name == STDIN:
         return contextlib.nullcontext(io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False)))
     return Path(name).open("rb", buffering=0)
-
-
-def _digest(block: Block) -> str:
-    content = xxhash.xxh3_128(block.text)
-    for broken in block.breaks:
-        content.update(broken.raw)
-    return content.hexdigest()
 
 
 # --- handing out

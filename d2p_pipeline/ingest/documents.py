@@ -17,9 +17,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
+import xxhash
 import zstandard
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ Readable = io.RawIOBase | io.BufferedIOBase
 
 # Bytes in which the form of the content shows.
 _SNIFFED = 64 << 10
-# Bytes gunzipped, or passed over, at once.
+# Bytes gunzipped, passed over or hashed at once.
 _PIECE = 256 << 10
 # Bytes of zstd decompressed at once: nothing bounds the result but that a byte makes at most 32 KiB.
 _ZSTD_PIECE = 4 << 10
@@ -74,6 +76,29 @@ class Block:
 
     text: bytes | memoryview
     offset: int | None = None
+    breaks: tuple[Break, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the text."""
+        return len(self.text)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the text and of what is no line."""
+        digest = xxhash.xxh3_128(self.text)
+        for broken in self.breaks:
+            digest.update(broken.raw)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A block of lines that was passed over: its text is the `size` bytes of the content at `offset`."""
+
+    offset: int
+    size: int
+    digest: str
     breaks: tuple[Break, ...] = ()
 
 
@@ -155,6 +180,17 @@ def blocks(content: Content, size: int, longest: int, window: int = 1 << 20) -> 
             yield from _lines(text, size, longest)
 
 
+def ranges(content: Content, size: int, longest: int, piece: int = _PIECE) -> Iterator[Block | Range]:
+    """The same blocks, of content that can be sought in. Those of lines come without text: it is only hashed, `piece` bytes at
+    a time, which stay in the processor's cache and need no new memory."""
+    text = _Text(content)
+    while text.fill(_SNIFFED):
+        if _opening(text):
+            yield from _gathered(_documents(text, longest, window=1 << 20), size)
+        else:
+            yield from _line_ranges(text, size, longest, piece)
+
+
 class _Text:
     """The part of the content that is looked at: `data` from `at` on."""
 
@@ -215,8 +251,35 @@ def _lines(text: _Text, size: int, longest: int) -> Iterator[Block]:
             if not _is_blank(lines):
                 yield Block(lines, offset)
         else:
-            yield Block(b"", breaks=(_overlong_line(text, longest),))
+            broken = _overlong_line(text, longest)
             text.put_back()
+            yield Block(b"", breaks=(broken,))
+
+
+def _line_ranges(text: _Text, size: int, longest: int, piece: int) -> Iterator[Block | Range]:
+    content = text.content
+    text.put_back()
+    while True:
+        offset, length = content.offset, 0
+        digest, is_blank = xxhash.xxh3_128(), True
+        rest = b""
+        while (left := size - length - len(rest)) and (more := content.read(min(left, piece))):
+            some = rest + more if rest else more
+            end = some.rfind(b"\n") + 1
+            digest.update(memoryview(some)[:end])
+            is_blank = is_blank and not some[:end].strip()
+            length, rest = length + end, some[end:]
+        if left:  # the content ends here
+            digest.update(rest)
+            is_blank = is_blank and not rest.strip()
+            length, rest = length + len(rest), b""
+        content.unread(rest)
+        if length and not is_blank:
+            yield Range(offset, length, digest.hexdigest())
+        if left:
+            return
+        if not length:  # a line that is longer than a block
+            yield from islice(_lines(text, size, longest), 1)
 
 
 def _is_blank(lines: memoryview) -> bool:

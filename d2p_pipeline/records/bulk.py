@@ -12,7 +12,7 @@ which are left to the normalizer too. pyarrow has no type information, hence `st
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from typing import Any
@@ -96,7 +96,8 @@ def _decode_some(
     if not count:
         return
     try:
-        table = _decoder(members)(without_pairs(bytes(text)) if lines.has_unicode_escapes else text)
+        text = without_pairs(bytes(text)) if lines.has_unicode_escapes else text
+        table = table_of(text, _arro3_schema(members))
     except pa.ArrowInvalid:
         table = None
     if table is not None and table.num_rows == count:
@@ -134,13 +135,20 @@ def _schema(members: Members) -> pa.Schema:
 
 
 @cache
-def _decoder(members: Members) -> Callable[[bytes | pa.Buffer], pa.Table]:
-    schema = arro3.core.Schema.from_arrow(_schema(members))
+def _arro3_schema(members: Members) -> arro3.core.Schema:
+    return arro3.core.Schema.from_arrow(_schema(members))
 
-    def decode(text: bytes | pa.Buffer) -> pa.Table:
+
+def table_of(text: bytes | pa.Buffer, schema: arro3.core.Schema) -> pa.Table:
+    """The rows of NDJSON, as arrow-rs decodes them. ArrowInvalid if it refuses."""
+    try:
         return pa.table(arro3.io.read_json(pa.BufferReader(text), schema, batch_size=BATCH_ROWS))
+    finally:
+        # It lets go of a text only when it is called again.
+        arro3.io.read_json(*_NOTHING)
 
-    return decode
+
+_NOTHING = (pa.BufferReader(b""), arro3.core.Schema([]))
 
 
 def _moments(time: pl.Series, unit: TimestampUnit) -> tuple[pa.Array, set[int]]:

@@ -13,7 +13,6 @@ Every line that is not blank is a row or a dead letter, and the rows keep the or
 pyarrow has no type information, hence `standard` above.
 """
 
-import io
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,6 @@ from functools import cached_property
 from itertools import chain
 
 import arro3.core
-import arro3.io
 import pyarrow as pa
 
 from d2p_pipeline.records import bulk
@@ -398,7 +396,7 @@ def _decoder(unit: TimestampUnit) -> Callable[[bytes], pa.Table]:
     schema = arro3.core.Schema.from_arrow(arrow_schema(unit))
 
     def decode(text: bytes) -> pa.Table:
-        return pa.table(arro3.io.read_json(io.BytesIO(bulk.without_pairs(text)), schema, batch_size=bulk.BATCH_ROWS))
+        return bulk.table_of(bulk.without_pairs(text), schema)
 
     return decode
 

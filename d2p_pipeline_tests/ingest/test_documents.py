@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2p_pipeline.ingest.documents import Block, Break, Content, ForeignError, blocks
+from d2p_pipeline.ingest.documents import Block, Break, Content, ForeignError, blocks, ranges
 
 MB = 1 << 20
 
@@ -64,6 +64,24 @@ def test_the_same_content_gives_the_same_blocks_from_whatever_it_is_read(data: b
     assert list(blocks(Content(Pipe(data, step)), size, MB)) == plain
     assert cut(gzip.compress(data), size)[0] == plain
     assert cut(zstandard.ZstdCompressor().compress(data), size)[0] == plain
+
+
+@given(
+    st.lists(st.sampled_from([b"1", b" ", b"\n", b"\r\n", b"22", b"3" * 20, b"[", b'{"logs":[']), max_size=60),
+    st.integers(1, 50),
+    st.integers(1, 20),
+)
+def test_ranges_are_the_blocks_without_their_text(some: list[bytes], size: int, piece: int) -> None:
+    data = b"".join(some)
+    expected, damage = cut(data, size, longest=30)
+    content = Content(io.BytesIO(data))
+    found = list(ranges(content, size, 30, piece))
+    assert [(block.size, block.digest, block.breaks) for block in found] == [
+        (block.size, block.digest, block.breaks) for block in expected
+    ]
+    assert all(a.offset == b.offset for a, b in zip(found, expected, strict=True))
+    assert content.damage == damage
+    assert content.taken == len(data)
 
 
 def test_a_line_longer_than_a_block_is_a_block_of_its_own() -> None:

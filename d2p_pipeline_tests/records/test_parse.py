@@ -1,4 +1,5 @@
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -244,3 +245,12 @@ def test_a_row_and_its_values_are_those_of_json() -> None:
     assert {name: value for name, value in row.items() if value is not None and name != "time"} == {
         name: value for name, value in json.loads(line(FULL)).items() if name != "time"
     }
+
+
+@pytest.mark.parametrize("rules", [RULES, Rules(record_type="dynamic")])
+def test_a_text_is_let_go_with_what_was_made_of_it(rules) -> None:
+    text = (line(FULL) + b"\n") * 5000
+    holders = sys.getrefcount(text)
+    table = parse([text], rules, received_at=NOW).table
+    assert table.num_rows == 5000
+    assert sys.getrefcount(text) == holders

@@ -9,19 +9,17 @@
 A record without a time gets that of its reception. pyarrow has no type information, hence `standard` above.
 """
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import arro3.core
-import arro3.io
 import msgspec
 import polars as pl
 import pyarrow as pa
 
 from d2p_pipeline.records import chunk as chunk_format
-from d2p_pipeline.records.bulk import without_pairs
+from d2p_pipeline.records.bulk import table_of, without_pairs
 from d2p_pipeline.records.conceal import conceal
 from d2p_pipeline.records.dead_letter import DeadLetter, Rejected
 from d2p_pipeline.records.dynamic.columns import TEXT, TIMESTAMP, Column, arrow_schema, fitted, settled, strict_type
@@ -35,7 +33,6 @@ from d2p_pipeline.records.rules import Rules
 
 # Text decoded at once: enough that the cost per call does not show, little enough to repeat for one bad line.
 _BLOCK = 4 << 20
-_BATCH_ROWS = 1024
 # Records whose types are joined before the others are tried against the result.
 _SAMPLE = 200
 _SAMPLE_GROWTH = 4
@@ -223,7 +220,7 @@ class _Decoder:
     def _block(self, lines: list[_Line], *, written_anew: bool = False) -> Iterator[tuple[pa.Table, list[_Line]]]:
         text = without_pairs(b"".join(line.text + b"\n" for line in lines))
         try:
-            table = pa.table(arro3.io.read_json(io.BytesIO(text), self._schema, batch_size=_BATCH_ROWS))
+            table = table_of(text, self._schema)
         except pa.ArrowInvalid as error:
             if len(lines) == 1:
                 self._refuse(lines[0], error)
