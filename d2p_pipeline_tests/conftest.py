@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,9 @@ os.environ["S3_UPLOAD_PART_MIN_SIZE"] = str(SMALL_PART)
 
 TESTS = Path(__file__).parent
 WAITING = (
-    ("e2e/test_repair.py", "faults/test_schedules.py"),
-    ("e2e/test_up.py", "e2e/test_celery.py", "faults/test_failover.py", "faults/test_broken_uploads.py"),
+    ("e2e/test_repair.py",),
+    ("e2e/test_celery.py", "e2e/test_up.py"),
+    ("faults/test_failover.py", "faults/test_broken_uploads.py", "faults/test_schedules.py"),
 )
 """Tests that mostly wait, in lanes that take about as long."""
 
@@ -46,15 +48,18 @@ FULL_BYTES = 10_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that mostly wait come first on the first and on the last worker, while others use the processor.
+    """Tests that mostly wait come first, each lane on a worker of its own, while others use the processor.
 
     `--dist worksteal` gives each worker one run of consecutive tests to begin with.
     """
     lanes = [[item for name in lane for item in items if item.path == TESTS / name] for lane in WAITING]
-    others = [item for item in items if not any(item in lane for lane in lanes)]
+    others = (item for item in items if not any(item in lane for lane in lanes))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    before = max(0, len(items) * (workers - 1) // workers - len(lanes[0]))
-    items[:] = lanes[0] + others[:before] + lanes[1] + others[before:]
+    ordered: list[pytest.Item] = []
+    for number, lane in enumerate(lanes):
+        begin = len(items) * min(number, workers - 1) // workers
+        ordered += [*islice(others, max(0, begin - len(ordered))), *lane]
+    items[:] = [*ordered, *others]
 
 
 @pytest.fixture(scope="session")
