@@ -102,7 +102,7 @@ def _convert(options: Options) -> Group:
         _d2p("d2p convert, 2 jobs", data, jobs=2),
         _other("bare", data, 1),
         *(_other("duckdb", data, threads) for threads in (1, 2)),
-        *(_other(name, data, 2) for name in ("polars", "pyarrow", "chdb")),
+        *(_other(name, data, 2) for name in ("polars", "pyarrow", "chdb", "dlt")),
     ]
     return Group(
         f"{options.records:,} canonical records, 8 keys, {_size(data)}",

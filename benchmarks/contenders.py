@@ -5,8 +5,11 @@
 None of them checks a record; each reads into the record schema as far as it can.
 """
 
+import json
+import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -142,14 +145,60 @@ def chdb(source: Path, target: Path, threads: int) -> None:
     """)
 
 
-def _partitions(source: Path) -> list[str]:
-    """ClickHouse makes no directories. All records of a benchmark lie in the hour of the first."""
-    import json
+def dlt(source: Path, target: Path, threads: int) -> None:
+    """A pipeline with files as destination and a table per capability, which takes Arrow tables of pyarrow's reader, as its
+    guide advises."""
+    os.environ |= {
+        "RUNTIME__DLTHUB_TELEMETRY": "false",
+        "NORMALIZE__WORKERS": str(threads),
+        "LOAD__WORKERS": str(threads),
+    }
+    import dlt  # pyright: ignore[reportMissingImports] (not a dependency)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.json as pj
 
+    from d2p_pipeline.records.fields import LOG_FIELDS, arrow_schema
+
+    pa.set_cpu_count(threads)
+    maps = {field.name for field in LOG_FIELDS if field.kind == "map"}
+    schema = pa.schema([field for field in arrow_schema() if field.name not in maps])
+
+    @dlt.resource
+    def records() -> Iterator[object]:
+        reader = pj.open_json(source, pj.ReadOptions(block_size=_BLOCK), pj.ParseOptions(explicit_schema=schema))
+        for batch in reader:
+            table = pa.Table.from_batches([batch])
+            for capability in table.column("business-capability").unique():
+                rows = table.filter(pc.call_function("equal", [table.column("business-capability"), capability]))
+                yield dlt.mark.with_table_name(rows, capability.as_py())
+
+    with tempfile.TemporaryDirectory() as directory:
+        pipeline = dlt.pipeline(
+            "bench",
+            pipelines_dir=directory,
+            dataset_name="bench",
+            destination=dlt.destinations.filesystem(
+                str(target), layout=f"capability={{table_name}}/{_hour(source)}/{{load_id}}.{{file_id}}.{{ext}}"
+            ),
+        )
+        pipeline.run(records(), loader_file_format="parquet")
+
+
+def _first(source: Path) -> list[dict[str, str]]:
     with source.open("rb") as file:
-        first = [json.loads(line) for line, _ in zip(file, range(1000), strict=False)]
-    hour = datetime.fromisoformat(first[0]["time"]).strftime("year=%Y/month=%m/day=%d/hour=%H")
-    return [f"capability={capability}/{hour}" for capability in {record["business-capability"] for record in first}]
+        return [json.loads(line) for line, _ in zip(file, range(1000), strict=False)]
+
+
+def _hour(source: Path) -> str:
+    """All records of a benchmark lie in the hour of the first."""
+    return datetime.fromisoformat(_first(source)[0]["time"]).strftime("year=%Y/month=%m/day=%d/hour=%H")
+
+
+def _partitions(source: Path) -> list[str]:
+    """ClickHouse makes no directories."""
+    capabilities = {record["business-capability"] for record in _first(source)}
+    return [f"capability={capability}/{_hour(source)}" for capability in capabilities]
 
 
 CONTENDERS: dict[str, Callable[[Path, Path, int], None]] = {
@@ -158,6 +207,7 @@ CONTENDERS: dict[str, Callable[[Path, Path, int], None]] = {
     "polars": polars,
     "pyarrow": pyarrow,
     "chdb": chdb,
+    "dlt": dlt,
 }
 
 
