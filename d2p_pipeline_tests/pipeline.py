@@ -95,6 +95,10 @@ def pipeline(
     settings = {"REDIS_URL": redis_server.url, "WRITER_FILE_PATH": str(root), "BUFFER_SIZE": "100"}
     for name, value in settings.items():
         monkeypatch.setenv(f"D2P_{name}", value)
+    for storage in ("event_log", "runs"):  # nobody migrates what is in memory, and Alembic takes longer than all else
+        monkeypatch.setattr(
+            f"dagster._core.storage.{storage}.in_memory.stamp_alembic_rev", lambda config, connection: None
+        )
     # The job has read its setting already.
     monkeypatch.setattr(dg.RetryPolicy, "calculate_delay", lambda policy, attempt: 0.05)
     sensor.parts.cache_clear()

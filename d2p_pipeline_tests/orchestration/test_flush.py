@@ -229,8 +229,7 @@ def test_a_run_goes_on_only_within_its_bounds(
 def test_a_run_that_lingers_delivers_what_becomes_due_while_it_waits(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("D2P_RUN_LINGER", "60")
-    monkeypatch.setenv("D2P_RUN_SECONDS", "8")
+    monkeypatch.setenv("D2P_RUN_LINGER", "3")
     pipeline.receive([line(message="sealed")], name="first")
     [batch] = pipeline.buffer.seal([Seal("payments", "B1", "age")])
 
