@@ -8,6 +8,7 @@ redis+sentinel://host:port,host:port/master-name/db      a Sentinel group
 # redis-py leaves the types of its options open.
 # pyright: reportUnknownMemberType=false
 
+import re
 from typing import Any, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -64,6 +65,7 @@ def _sentinel_master(url: str, options: dict[str, Any]) -> Redis:
 
 def without_password(url: str) -> str:
     """The URL as it may be shown."""
+    url = re.sub(r"(?<=[?&])((?:ssl_)?password=)[^&]*", r"\1********", url)
     parts = urlsplit(url)
     credentials, separator, address = parts.netloc.rpartition("@")
     if ":" not in credentials:

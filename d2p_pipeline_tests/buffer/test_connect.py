@@ -211,6 +211,9 @@ def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
     assert without_password(url) == "redis://user:********@127.0.0.1:1"
     assert without_password("unix:///run/redis.sock") == "unix:///run/redis.sock"
     assert without_password("unix://user:secret@/run/redis.sock") == "unix://user:********@/run/redis.sock"
+    assert without_password("redis://h:1/0?password=secret&ssl_password=s&protocol=3") == (
+        "redis://h:1/0?password=********&ssl_password=********&protocol=3"
+    )
 
 
 def test_a_server_that_may_evict_is_refused(redis_client: Redis, redis_server: EmbeddedRedis) -> None:
