@@ -187,7 +187,7 @@ def _compare(redis: EmbeddedRedis, directory: Path, rounds: int, seconds: int, t
         client.config_set("appendfsync", "always")
     size = statistics.mean(map(len, bodies))
     for sync, loads in found.items():
-        rows = [(name, *_row(some, loads["receiver"])) for name, some in loads.items()]
+        rows = [(name, *_row(some, loads["receiver"] if name in SERVERS else [])) for name, some in loads.items()]
         columns = ("requests/s", "p99 ms", "CPU µs each", "Redis'", "receiver ÷ this", "failed")
         table(f"{size:,.0f} bytes, {title}; {CONNECTIONS} connections; appendfsync {sync}", columns, rows)
 
@@ -207,7 +207,7 @@ def _row(some: list[Load], receiver: list[Load]) -> tuple[str, ...]:
     store = statistics.median(one.redis_cpu / (one.rate * one.seconds) for one in some) * 1e6
     # Of what ran one after the other within a round, which a disturbance hits alike.
     ratios = [ours.rate / other.rate for ours, other in zip(receiver, some, strict=False)]
-    ratio = "" if len(some) < len(receiver) else f"{statistics.median(ratios):.2f}"
+    ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
     return f"{rate:,.0f}", f"{p99:,.1f}", f"{cpu:,.0f}", f"{store:,.0f}", ratio, str(sum(one.failed for one in some))
 
 
