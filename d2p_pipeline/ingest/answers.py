@@ -6,6 +6,7 @@ import msgspec
 
 Refusal = Literal[
     "",
+    "no_request",
     "unauthorized",
     "no_such_path",
     "method",

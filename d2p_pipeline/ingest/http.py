@@ -363,6 +363,7 @@ class Connection(asyncio.Protocol):
         """Nothing that comes is read any more; the requests that were read are answered, and then this one."""
         if self._deaf:  # it has ended
             return
+        self._service.on_refusal(status)
         self._deaf = True
         if self._open:  # its body cannot be read to its end
             self._open.lost = True
@@ -405,12 +406,22 @@ class Connection(asyncio.Protocol):
 
 
 class Service:
-    """All connections of a process, at most `most` at a time; further ones wait to be accepted."""
+    """All connections of a process, at most `most` at a time; further ones wait to be accepted.
+
+    `on_refusal` is told the status that answers what never became a request.
+    """
 
     def __init__(
-        self, handler: Callable[[Exchange], None], *, head_seconds: float, body_seconds: float, most: int
+        self,
+        handler: Callable[[Exchange], None],
+        *,
+        head_seconds: float,
+        body_seconds: float,
+        most: int,
+        on_refusal: Callable[[int], None] = lambda status: None,
     ) -> None:
         self.handler = handler
+        self.on_refusal = on_refusal
         self.head_seconds = head_seconds
         self.body_seconds = body_seconds
         self.connections: set[Connection] = set()

@@ -91,6 +91,12 @@ class Receiver:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def refused(self, status: int) -> None:
+        """Something came that is no request."""
+        self._metrics.answered("other", status, "no_request", 0)
+        if self._has_access_log:
+            log.info("no request %d", status)
+
     async def _serve(self, path: str, exchange: Exchange) -> None:
         try:
             answer = await self._answer(path, exchange)

@@ -151,6 +151,7 @@ async def _served(settings: Settings, listener: socket.socket, tls: ssl.SSLConte
         head_seconds=settings.header_timeout,
         body_seconds=settings.body_timeout,
         most=max(1, settings.max_connections // settings.workers),
+        on_refusal=target.refused,
     )
     accepting = asyncio.create_task(service.accept(listener, tls))
     await ending.wait()

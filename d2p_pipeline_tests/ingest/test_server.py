@@ -189,6 +189,9 @@ def test_metrics_of_all_workers_and_of_redis(
             client.post("/records", content=body)
             client.post("/record/", content="nonsense")
             client.get("/nowhere")
+        with socket.create_connection(("127.0.0.1", int(receiver.url.rsplit(":", 1)[1])), 30) as connection:
+            connection.sendall(b"no request\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
     [batch] = redis_buffer.seal([Seal("payments", "B1", "age")])
     claim = redis_buffer.claim(batch.ref, "run", 60_000)
     assert claim
@@ -196,9 +199,9 @@ def test_metrics_of_all_workers_and_of_redis(
     found = metrics_of(receiver)
     assert len(re.findall(r"POST /records 202 \d+\.\d+ ms$", receiver.log.read_text(), re.M)) == 6
     requests = {labels: count for labels, count in found["d2p_http_requests_total"].items() if "check" not in labels[0]}
-    assert requests == {("/record", "400"): 6, ("/records", "202"): 6, ("other", "404"): 6}
+    assert requests == {("/record", "400"): 6, ("/records", "202"): 6, ("other", "404"): 6, ("other", "400"): 6}
     assert found["d2p_received_records_total"] == {("accepted",): 24, ("dead_lettered",): 6}
-    assert found["d2p_http_refused_total"] == {("record_invalid",): 6, ("no_such_path",): 6}
+    assert found["d2p_http_refused_total"] == {("record_invalid",): 6, ("no_such_path",): 6, ("no_request",): 6}
     assert found["d2p_received_bytes_total"][()] == 6 * len(body)
     assert found["d2p_http_request_seconds_count"][("/records",)] == 6
     assert 0 < found["d2p_http_request_seconds_sum"][("/records",)] < 600
