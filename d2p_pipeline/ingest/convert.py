@@ -84,7 +84,7 @@ def convert(
 
 def block_for(memory_limit: int) -> int:
     """Bytes of a block. They depend on the limit alone: so do the files, whatever the number of jobs."""
-    return min(max(memory_limit // 56, 1 << 20), 32 << 20)
+    return min(max(memory_limit // 64, 1 << 20), 32 << 20)
 
 
 def memory_needed(jobs: int, block_bytes: int) -> int:

@@ -152,6 +152,7 @@ def work(descriptors: Sequence[int]) -> None:
     from d2p_pipeline.ingest.task import get_ready
 
     get_ready()
+    gc.set_threshold(50_000)  # a block leaves hardly any garbage to look for
     gc.freeze()  # what is there now stays: it need neither be looked through, nor copied for that
     unused = [Connection(descriptor) for descriptor in descriptors]
     context = multiprocessing.get_context("fork")
