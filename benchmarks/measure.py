@@ -4,7 +4,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -50,30 +49,39 @@ class Cost:
 
 
 def measure(contenders: Sequence[Contender], runs: int) -> dict[str, Cost | None]:
-    """Medians by name, None for what is not installed. Peaks are of one more run ahead: looking at memory takes time."""
+    """Medians by name, None for what is not installed.
+
+    In its turn a contender runs twice. The first run gives its peak (looking at memory takes time), and leaves what it reads and
+    as much memory as it needs at hand for the second, which is timed: a machine that takes back what nobody uses for
+    seconds would else be slower for one contender than for another.
+    """
     costs: dict[str, list[Cost]] = {contender.name: [] for contender in contenders}
-    peaks: dict[str, int] = {}
+    peaks: dict[str, list[int]] = {contender.name: [] for contender in contenders}
     missing: set[str] = set()
-    for number in range(runs + 1):
+    for _ in range(runs):
         for contender in contenders:
             if contender.name in missing:
                 continue
             contender.before()
-            cost = run(contender, watched=number == 0)
-            if cost is None:
+            first = run(contender, watched=True)
+            if first is None:
                 missing.add(contender.name)
-            elif number == 0:
-                peaks[contender.name] = cost.peak
-            else:
-                costs[contender.name].append(cost)
-    return {name: None if name in missing else median(some, peaks[name]) for name, some in costs.items()}
+                continue
+            contender.before()
+            second = run(contender, watched=False)
+            assert second
+            peaks[contender.name].append(first.peak)
+            costs[contender.name].append(second)
+    return {
+        name: None if name in missing else median(some, max(peaks[name], default=0)) for name, some in costs.items()
+    }
 
 
 def run(contender: Contender, *, watched: bool = True) -> Cost | None:
     """Run once; None if its library is not installed. Unless `watched`, the peak is that of the largest process."""
     # Nothing large may be allocated in this process: Linux counts what it holds as the peak of what it starts.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        _leave_alike()
+        os.sync()
         began = time.monotonic()
         process = subprocess.Popen(contender.command, env=os.environ | contender.environment, stdout=out, stderr=errors)
         watch = _Together(process.pid) if watched else None
@@ -92,18 +100,6 @@ def run(contender: Contender, *, watched: bool = True) -> Cost | None:
     if contender.records is not None and said.get("records") != contender.records:
         raise ContenderError(contender.name, code, f"it took {said.get('records')} of {contender.records} records")
     return Cost(wall, usage.ru_utime + usage.ru_stime, together or usage.ru_maxrss * 1024, said)
-
-
-def _leave_alike() -> None:
-    """Leave the machine to each contender in the same state: nothing to be written to disk, and free memory at hand. A
-    virtual machine gives what is freed back to its host, and has to get it again, which takes longer than to fill it: who
-    came after a large contender had an advantage of a tenth."""
-    subprocess.run([sys.executable, "-c", f'b"x" * {_MOST_MEMORY}'], check=True)
-    os.sync()
-
-
-_MOST_MEMORY = 3 << 29
-"""Bytes; no contender takes more."""
 
 
 def median(costs: Sequence[Cost], peak: int) -> Cost:
