@@ -72,9 +72,7 @@ def measure(contenders: Sequence[Contender], runs: int) -> dict[str, Cost | None
             assert second
             peaks[contender.name].append(first.peak)
             costs[contender.name].append(second)
-    return {
-        name: None if name in missing else median(some, max(peaks[name], default=0)) for name, some in costs.items()
-    }
+    return {name: None if name in missing else median(some, max(peaks[name])) for name, some in costs.items()}
 
 
 def run(contender: Contender, *, watched: bool = True) -> Cost | None:

@@ -181,9 +181,9 @@ class PartlyStoredError(ForeignValueError):
     def of(self, keys: set[str]) -> ForeignValueError | None:
         """What it means to whom only some of the keys matter."""
         refused = {key: error for key, error in self._refused.items() if key in keys}
-        return (
-            PartlyStoredError(refused) if len(refused) < len(keys) and refused else next(iter(refused.values()), None)
-        )
+        if refused and len(refused) < len(keys):
+            return PartlyStoredError(refused)
+        return next(iter(refused.values()), None)
 
 
 class Buffer(Protocol):

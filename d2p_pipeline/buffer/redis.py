@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 from redis.exceptions import RedisError
@@ -37,7 +37,7 @@ from d2p_pipeline.buffer.protocol import (
     State,
     Totals,
 )
-from d2p_pipeline.buffer.server import PAGE, Call, Client, Server, pages
+from d2p_pipeline.buffer.server import PAGE, Call, Client, Server, pages, translate
 
 Plan = tuple[tuple[int, int], ...]
 _T = TypeVar("_T")
@@ -86,32 +86,30 @@ class RedisBuffer:
         """`sent`: when it was tried first."""
         # One script for all, so that it is all or nothing; of a Cluster each touches one slot.
         together = [[push] for push in pushes] if self._server.is_cluster else [list(pushes)] if pushes else []
+        stored: list[Push] = []
+        answers: list[Any] = []
+        refused: dict[str, ForeignValueError] = {}
+        failure: Exception | None = None
         try:
-            replies = list(chain.from_iterable(self._run([self._push_of(some, sent) for some in together])))
-        except ForeignValueError:
-            if len(together) > 1:
-                self._push_apart(pushes, sent)
-            raise
-        except BufferFullError as error:
-            if len(together) > 1:
-                raise BufferUnavailableError(
-                    "a node of the Redis Cluster is out of memory, others may not be"
-                ) from error
-            raise
+            replies = self._run([self._push_of(some, sent) for some in together], errors=True)
+            for some, reply in zip(together, replies, strict=True):
+                if not isinstance(reply, Exception):
+                    stored += some
+                    answers += reply
+                elif isinstance(error := translate(reply), ForeignValueError):
+                    refused[some[0].key] = error
+                else:
+                    failure = failure or error
+            self._index(*self._filled_and_begun(stored, answers))
+            if isinstance(failure, BufferFullError) and len(together) > 1:
+                raise BufferUnavailableError("a node of the Redis Cluster is out of memory, others may not be")
+            if failure:
+                raise failure
         except BufferUnavailableError:
             self._ahead = None  # it may be that the clocks went apart
             raise
-        self._index(*self._filled_and_begun(pushes, replies))
-
-    def _push_apart(self, pushes: Sequence[Push], sent: int) -> NoReturn:
-        """Find out which pushes are refused; what is stored already changes nothing."""
-        refused: dict[str, ForeignValueError] = {}
-        for push in pushes:
-            try:
-                self._push([push], sent)
-            except ForeignValueError as error:
-                refused[push.key] = error
-        raise PartlyStoredError(refused)
+        if refused:
+            raise PartlyStoredError(refused) if stored else next(iter(refused.values()))
 
     async def push_async(self, pushes: Sequence[Push]) -> None:
         sent = await self._aside(self._about_now) if self._ahead is None else self._about_now()

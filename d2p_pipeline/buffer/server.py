@@ -77,7 +77,7 @@ class Server:
             replies = _translated(lambda: self._send(calls))
         for reply in replies:
             if isinstance(reply, Exception) and not errors:
-                raise _translate(reply) from reply
+                raise translate(reply) from reply
         return replies
 
     def _send(self, calls: Sequence[Call]) -> list[Any]:
@@ -134,10 +134,11 @@ def _translated(action: Callable[[], _T]) -> _T:
     try:
         return action()
     except RedisError as error:
-        raise _translate(error) from error
+        raise translate(error) from error
 
 
-def _translate(error: Exception) -> Exception:
+def translate(error: Exception) -> Exception:
+    """What an error that Redis replied with means to a buffer; itself where it means nothing of that."""
     # Inside a script or a transaction the error arrives as text.
     if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM command" in str(error)):
         return BufferFullError("Redis is out of memory (maxmemory reached); nothing was stored, try again later")

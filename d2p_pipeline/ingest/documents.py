@@ -6,9 +6,9 @@
     an array   `[…]` or `{"logs": […]}`: one line an element
     objects    one after the other, each over several lines, as `jq` prints them
 
-Where a block ends depends on the content alone, so the same content gives the same blocks from whatever it is read.
-In an array, a bad element spoils no other as long as its quotes and brackets come in pairs. Where a document breaks off,
-what came before is passed on, and the rest becomes one `Break`.
+`ranges` cuts in the same places, and holds no lines. Where a block ends depends on the content alone, so the same content
+gives the same blocks from whatever it is read. In an array, a bad element spoils no other as long as its quotes and brackets
+come in pairs. Where a document breaks off, what came before is passed on, and the rest becomes one `Break`.
 """
 
 import gzip
@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import msgspec
 import xxhash
@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Readable = io.RawIOBase | io.BufferedIOBase
+_T = TypeVar("_T")
 
 # Bytes in which the form of the content shows.
 _SNIFFED = 64 << 10
+# Bytes of a document looked at together.
+_WINDOW = 1 << 20
 # Bytes gunzipped, passed over or hashed at once.
 _PIECE = 256 << 10
 # Bytes of zstd decompressed at once: nothing bounds the result but that a byte makes at most 32 KiB.
@@ -99,7 +102,7 @@ class Range:
     offset: int
     size: int
     digest: str
-    breaks: tuple[Break, ...] = ()
+    breaks: ClassVar[tuple[Break, ...]] = ()
 
 
 class Content:
@@ -166,29 +169,27 @@ class Content:
             return b""
 
 
-def blocks(content: Content, size: int, longest: int, window: int = 1 << 20) -> Iterator[Block]:
+def blocks(content: Content, size: int, longest: int, window: int = _WINDOW) -> Iterator[Block]:
     """Cut `content` into blocks of about `size` bytes; only a single line that is longer makes a block longer.
 
     What has more than `longest` bytes is no record. Of a document, `window` bytes are looked at together, more only for a
     longer element. Memory: a few times the largest of the three.
     """
-    text = _Text(content)
-    while text.fill(_SNIFFED):
-        if _opening(text):
-            yield from _gathered(_documents(text, longest, window), size)
-        else:
-            yield from _lines(text, size, longest)
+    return _cut(content, size, longest, window, lambda text: _lines(text, size, longest))
 
 
 def ranges(content: Content, size: int, longest: int, piece: int = _PIECE) -> Iterator[Block | Range]:
     """The same blocks, of content that can be sought in. Those of lines come without text: it is only hashed, `piece` bytes at
     a time, which stay in the processor's cache and need no new memory."""
+    return _cut(content, size, longest, _WINDOW, lambda text: _line_ranges(text, size, longest, piece))
+
+
+def _cut(
+    content: Content, size: int, longest: int, window: int, lines: Callable[["_Text"], Iterator[_T]]
+) -> Iterator[Block | _T]:
     text = _Text(content)
     while text.fill(_SNIFFED):
-        if _opening(text):
-            yield from _gathered(_documents(text, longest, window=1 << 20), size)
-        else:
-            yield from _line_ranges(text, size, longest, piece)
+        yield from _gathered(_documents(text, longest, window), size) if _opening(text) else lines(text)
 
 
 class _Text:

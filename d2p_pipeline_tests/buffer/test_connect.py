@@ -16,7 +16,14 @@ from redis.exceptions import ResponseError
 from d2p_pipeline.buffer.connect import RedisRefusedError, check, connect, line, without_password
 from d2p_pipeline.buffer.embedded import EmbeddedRedis
 from d2p_pipeline.buffer.names import Names
-from d2p_pipeline.buffer.protocol import BatchRef, BufferUnavailableError, ForeignValueError, Push, Seal
+from d2p_pipeline.buffer.protocol import (
+    BatchRef,
+    BufferUnavailableError,
+    ForeignValueError,
+    PartlyStoredError,
+    Push,
+    Seal,
+)
 from d2p_pipeline.buffer.redis import Client, RedisBuffer
 from d2p_pipeline.buffer.server import Call
 from d2p_pipeline.records import chunk
@@ -166,6 +173,11 @@ def test_a_cluster_of_three_masters(redis_servers: RedisServers, tmp_path: Path)
         full.config_set("maxmemory", 0)
     buffer.push(pushes)
     assert [state.records for state in buffer.waiting()] == [1] * 30
+    client.flushall()
+    client.set("data:{again 0}", "another program's")
+    with pytest.raises(PartlyStoredError, match=r"again 0\} is a string, .*; what has other keys was stored"):
+        buffer.push(pushes)
+    assert {state.key for state in buffer.due(buffer.now() + 1, 100)} == {push.key for push in pushes[1:]}
     client.flushall()
     asyncio.run(assert_takes_what_an_event_loop_pushes(client, url))
     client.flushall()

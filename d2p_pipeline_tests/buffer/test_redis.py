@@ -101,22 +101,30 @@ def test_a_server_that_forgot_the_scripts_gets_them_again(redis_client: Redis, r
     assert sorted(state.key for state in redis_buffer.waiting()) == ["k", "other"]
 
 
-@pytest.mark.parametrize("happens", ["forgotten", "killed"])
-def test_a_server_that_forgets_the_scripts_again_or_dies_while_it_gets_them_is_unavailable(
-    redis_client: Redis, redis_buffer: RedisBuffer, monkeypatch: pytest.MonkeyPatch, happens: str
+@pytest.mark.parametrize("happens", ["forgotten", "cut off"])
+def test_a_server_that_forgets_the_scripts_again_or_is_gone_while_it_gets_them_is_unavailable(
+    redis_client: Redis, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch, happens: str
 ) -> None:
-    def load(text: str) -> None:
-        if happens == "killed":
-            raise ConnectionError
+    client = Redis.from_url(proxy.url, retry=None)
+    buffer = RedisBuffer(client, Names(), full_records=100, full_bytes=10_000)
+    load = client.script_load
 
-    redis_buffer.push([CHUNK])
+    def loaded(script: str) -> object:
+        if happens == "cut off":
+            proxy.cut_next()
+        sha = load(script)
+        redis_client.script_flush()
+        return sha
+
+    buffer.push([CHUNK])
     redis_client.script_flush()
-    monkeypatch.setattr(redis_client, "script_load", load)
+    monkeypatch.setattr(client, "script_load", loaded)
     with pytest.raises(BufferUnavailableError):
-        redis_buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
+        buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
     monkeypatch.undo()
-    redis_buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
-    assert sorted(state.key for state in redis_buffer.waiting()) == ["k", "other"]
+    buffer.push([Push("other", "1", 60, b"chunk", 1, 5)])
+    assert sorted(state.key for state in buffer.waiting()) == ["k", "other"]
+    assert proxy.cuts == (happens == "cut off")
 
 
 @pytest.mark.parametrize(

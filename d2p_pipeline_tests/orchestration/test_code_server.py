@@ -1,8 +1,10 @@
 """The process that runs are forked from: it holds nothing that a fork would share."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from dagster._grpc.server import DagsterApiServer
@@ -34,3 +36,13 @@ def test_what_runs_are_forked_from_has_imports_and_neither_threads_nor_connectio
 
 def test_dagster_still_starts_runs_where_the_code_server_says() -> None:
     assert "_mp_ctx" in DagsterApiServer.StartRun.__code__.co_names
+
+
+def test_storage_that_cannot_be_used_is_named_with_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "storage").write_text("no directory")
+    (tmp_path / "dagster.yaml").write_text(f"storage: {{sqlite: {{base_dir: {tmp_path / 'storage'}}}}}")
+    command = [sys.executable, "-m", "d2p_pipeline.orchestration.code_server", "--socket", str(tmp_path / "socket")]
+    ended = subprocess.run(command, env=os.environ | {"DAGSTER_HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert ended.returncode
+    assert str(tmp_path / "storage") in ended.stderr
+    assert "look at dagster_postgres_url" in ended.stderr
