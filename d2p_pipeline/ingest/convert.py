@@ -1,8 +1,8 @@
 """Files and standard input become Parquet, on all cores, without Redis and Dagster.
 
-    cut       this process reads the inputs and cuts them into blocks (documents.py)
+    cut       this process finds where the inputs' blocks begin and end (documents.py)
     name      a block's batch id is the hash of its content, its unit how many equal blocks came before it in this run
-    convert   workers (workers.py) parse, validate, encode and write (task.py), with the same functions as a Dagster run
+    convert   workers (workers.py) read, parse, validate, encode and write (task.py), with the functions of a Dagster run
 
 Blocks never span inputs, and names come from content, so that converting an input again, alone or among others, overwrites
 its own files. A worker has one block at a time and one more is cut, so `memory_needed` is enough for inputs of any size.
@@ -121,7 +121,6 @@ _MOST_REASONS = 1000
 
 def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary, *, by_range: bool) -> Iterator[_Work]:
     """Every block of every input, in order; without its text where `by_range` is set and the range tells enough."""
-    seen: Counter[str] = Counter()
     for name in names:
         try:
             with _opened(name) as file:
@@ -132,18 +131,8 @@ def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary,
                 taken = 0
                 cut = ranges if by_range and is_file and not content.compressed else blocks
                 for block in cut(content, block_bytes, plan.max_record_bytes):
-                    digest = block.digest
-                    task = Task(
-                        name=name,
-                        offset=block.offset if isinstance(block, Range) else None,
-                        size=block.size,
-                        breaks=block.breaks,
-                        digest=digest,
-                        unit=seen[digest],
-                        received_at=received_at,
-                        taken=content.taken - taken,
-                    )
-                    seen[digest] += 1
+                    range_ = block if isinstance(block, Range) else None
+                    task = Task(name, range_, block.size, block.breaks, received_at, content.taken - taken)
                     taken = content.taken
                     yield task, b"" if isinstance(block, Range) else block.text
                     if summary.stopped:
@@ -178,10 +167,16 @@ def _results(tasks: Iterator[_Work], plan: Plan, jobs: int, workers: Workers | N
 def _from_here(work: Iterator[_Work], plan: Plan) -> Generator[Result]:
     get_ready()
     told: deque[Task] = deque()
+    seen: Counter[str] = Counter()
+
+    def number(batch: str) -> Callable[[], int]:
+        seen[batch] += 1
+        return lambda: seen[batch] - 1
+
     with Converter(plan) as converter:
         for task, text in work:
             told.append(task)
-            if result := converter.convert(task, text):
+            if result := converter.convert(task, text, number):
                 yield told.popleft(), result
         while result := converter.settle():
             yield told.popleft(), result
@@ -191,13 +186,11 @@ def _from_workers(work: Iterator[_Work], plan: Plan, jobs: int, workers: Workers
     told: list[Worker] = []
     with workers:
         for task, text in work:
-            # A task that is only named lies ready while the one before it is done; a text would keep this process waiting.
-            most = 1 if task.offset is None else 2
             if len(told) < jobs and all(worker.asked for worker in told):
                 told.append(workers.one(plan))
-            while (least := min(told, key=lambda worker: worker.asked)).asked >= most:
+            while all(worker.asked for worker in told):
                 yield from workers.answers(told)
-            least.convert(task, text)
+            workers.convert(next(worker for worker in told if not worker.asked), task, text)
         while unsettled := [worker for worker in told if worker.tasks]:
             for worker in unsettled:
                 if not worker.asked:

@@ -6,9 +6,9 @@
     an array   `[…]` or `{"logs": […]}`: one line an element
     objects    one after the other, each over several lines, as `jq` prints them
 
-`ranges` cuts in the same places, and holds no lines. Where a block ends depends on the content alone, so the same content
-gives the same blocks from whatever it is read. In an array, a bad element spoils no other as long as its quotes and brackets
-come in pairs. Where a document breaks off, what came before is passed on, and the rest becomes one `Break`.
+`ranges` cuts in the same places, and reads hardly anything of lines. Where a block ends depends on the content alone, so the
+same content gives the same blocks from whatever it is read. In an array, a bad element spoils no other as long as its quotes
+and brackets come in pairs. Where a document breaks off, what came before is passed on, and the rest becomes one `Break`.
 """
 
 import gzip
@@ -34,8 +34,10 @@ _T = TypeVar("_T")
 _SNIFFED = 64 << 10
 # Bytes of a document looked at together.
 _WINDOW = 1 << 20
-# Bytes gunzipped, passed over or hashed at once.
+# Bytes gunzipped or passed over at once.
 _PIECE = 256 << 10
+# Bytes of a range's end that are read, to find its last newline and to know it again.
+_ENDING = 64 << 10
 # Bytes of zstd decompressed at once: nothing bounds the result but that a byte makes at most 32 KiB.
 _ZSTD_PIECE = 4 << 10
 # Bytes kept of what is too long for a record.
@@ -86,23 +88,23 @@ class Block:
         """Bytes of the text."""
         return len(self.text)
 
-    @property
-    def digest(self) -> str:
-        """Hash of the text and of what is no line."""
-        digest = xxhash.xxh3_128(self.text)
-        for broken in self.breaks:
-            digest.update(broken.raw)
-        return digest.hexdigest()
-
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A block of lines that was passed over: its text is the `size` bytes of the content at `offset`."""
+    """A block of lines that was passed over, perhaps blank ones: its text is the `size` bytes of the content at `offset`.
+
+    `ending` is what `ending` makes of that text, if it is still the same.
+    """
 
     offset: int
     size: int
-    digest: str
+    ending: int
     breaks: ClassVar[tuple[Break, ...]] = ()
+
+
+def ending(text: bytes) -> int:
+    """A hash of the end of a text."""
+    return xxhash.xxh3_64_intdigest(text[-_ENDING:])
 
 
 class Content:
@@ -127,8 +129,9 @@ class Content:
         self._file = file
         self._seekable = file.seekable() and not self.compressed
         self._raw = _Replay(magic, file)
+        self._first = 0
         if self._seekable:
-            file.seek(-len(magic), io.SEEK_CUR)
+            self._first = file.seek(-len(magic), io.SEEK_CUR)
             self._take: Callable[[int], bytes] = lambda size: file.read(size) or b""
         elif self.compressed:
             self._take = _gunzip(self._raw) if magic.startswith(_GZIP) else _unzstd(self._raw)
@@ -159,6 +162,12 @@ class Content:
         else:
             self._rest = data + self._rest
 
+    def seek(self, offset: int) -> int:
+        """Go on at `offset`, or at the end if that comes before; returns where. Of a plain file, with nothing unread."""
+        self.offset = min(offset, self._file.seek(0, io.SEEK_END) - self._first)
+        self._file.seek(self._first + self.offset)
+        return self.offset
+
     def _piece(self, size: int) -> bytes:
         if self.damage:
             return b""
@@ -178,9 +187,9 @@ def blocks(content: Content, size: int, longest: int, window: int = _WINDOW) -> 
     return _cut(content, size, longest, window, lambda text: _lines(text, size, longest))
 
 
-def ranges(content: Content, size: int, longest: int, piece: int = _PIECE) -> Iterator[Block | Range]:
-    """The same blocks, of content that can be sought in. Those of lines come without text: it is only hashed, `piece` bytes at
-    a time, which stay in the processor's cache and need no new memory."""
+def ranges(content: Content, size: int, longest: int, piece: int = _ENDING) -> Iterator[Block | Range]:
+    """The same blocks, of a plain file. Those of lines come without text: of that only the end is read, `piece` bytes at a
+    time."""
     return _cut(content, size, longest, _WINDOW, lambda text: _line_ranges(text, size, longest, piece))
 
 
@@ -260,27 +269,31 @@ def _lines(text: _Text, size: int, longest: int) -> Iterator[Block]:
 def _line_ranges(text: _Text, size: int, longest: int, piece: int) -> Iterator[Block | Range]:
     content = text.content
     text.put_back()
-    while True:
-        offset, length = content.offset, 0
-        digest, is_blank = xxhash.xxh3_128(), True
-        rest = b""
-        while (left := size - length - len(rest)) and (more := content.read(min(left, piece))):
-            some = rest + more if rest else more
-            end = some.rfind(b"\n") + 1
-            digest.update(memoryview(some)[:end])
-            is_blank = is_blank and not some[:end].strip()
-            length, rest = length + end, some[end:]
-        if left:  # the content ends here
-            digest.update(rest)
-            is_blank = is_blank and not rest.strip()
-            length, rest = length + len(rest), b""
-        content.unread(rest)
-        if length and not is_blank:
-            yield Range(offset, length, digest.hexdigest())
-        if left:
-            return
-        if not length:  # a line that is longer than a block
+    is_end = False
+    while not (is_end or content.damage):
+        start = content.offset
+        end = content.seek(start + size)
+        is_end = end < start + size
+        if not is_end:
+            end = _end_of_lines(content, start, end, piece)
+        if end > start:
+            content.seek(max(start, end - _ENDING))
+            yield Range(start, end - start, ending(content.read(end - content.offset)))
+        elif not is_end:  # a line that is longer than a block
             yield from islice(_lines(text, size, longest), 1)
+
+
+def _end_of_lines(content: Content, start: int, end: int, piece: int) -> int:
+    """Where the last line ends that ends between `start` and `end`; `start` if there is none."""
+    while end > start:
+        content.seek(max(start, end - piece))
+        first = content.offset
+        if length := content.read(end - first).rfind(b"\n") + 1:
+            end = first + length
+            break
+        end = first
+    content.seek(end)
+    return end
 
 
 def _is_blank(lines: memoryview) -> bool:

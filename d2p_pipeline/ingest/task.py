@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import xxhash
 
-from d2p_pipeline.ingest.documents import ZSTD_MAGICS, Break, too_long
+from d2p_pipeline.ingest.documents import ZSTD_MAGICS, Break, Range, ending, too_long
 from d2p_pipeline.parquet.errors import StoreError
 
 if TYPE_CHECKING:
@@ -49,24 +49,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A block to convert. Its text, `size` bytes, lies at `offset` of the input's file, or is handed over beside the task.
+    """A block to convert. Its text, `size` bytes, is a range of the input's file, or is handed over beside the task.
 
     `received_at` is in ms since the epoch; `taken` are the bytes of the input it was made of, compressed ones maybe.
     """
 
     name: str
-    offset: int | None
+    range: Range | None
     size: int
     breaks: tuple[Break, ...]
-    digest: str
-    unit: int
     received_at: int
     taken: int
-
-    @property
-    def batch(self) -> str:
-        # The letter tells it from the ids of sealed batches, which begin with a digit.
-        return f"x{self.digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +83,8 @@ class Failure:
 
 
 Text = bytes | memoryview
+Number = Callable[[str], Callable[[], int]]
+"""Asks for a block's number among those of the same hash, and returns what waits for the answer."""
 Result = tuple[Task, Outcome | Failure]
 
 
@@ -140,13 +135,15 @@ class Converter:
     def __exit__(self, *error: object) -> None:
         self._writers.shutdown()
 
-    def convert(self, task: Task, text: Text) -> Outcome | Failure | None:
+    def convert(self, task: Task, text: Text, number: Number) -> Outcome | Failure | None:
         """Convert a block; the result is that of an earlier one, the first whose files were not known to be durable."""
         from d2p_pipeline.records.transform import TransformError
 
         writes: list[Future[None]] = []
         try:
-            result = _convert(task, text, self._plan, self._shapes, lambda *file: writes.append(self._write(*file)))
+            result = _convert(
+                task, text, number, self._plan, self._shapes, lambda *file: writes.append(self._write(*file))
+            )
         except ChangedError as error:
             result = Failure(str(error), fatal=False)
         except TransformError as error:
@@ -186,7 +183,9 @@ _UNSETTLED = 24 << 20
 _WRITERS = 8
 
 
-def _convert(task: Task, text: Text, plan: Plan, shapes: "Shapes", write: Callable[[str, "Buffer"], None]) -> Outcome:
+def _convert(
+    task: Task, text: Text, number: Number, plan: Plan, shapes: "Shapes", write: Callable[[str, "Buffer"], None]
+) -> Outcome:
     """What becomes of a block; `write` is called for each of its files."""
     from d2p_pipeline.parquet.files import encoded_files
     from d2p_pipeline.records.conceal import conceal
@@ -198,10 +197,17 @@ def _convert(task: Task, text: Text, plan: Plan, shapes: "Shapes", write: Callab
 
     def rejected(raw: bytes, reason: str, stage: Literal["parse", "validate"] = "parse") -> DeadLetter:
         raw = conceal(raw, plan.rules)
-        return DeadLetter(reason=reason, stage=stage, received_at=task.received_at, raw=raw, batch=task.batch)
+        return DeadLetter(reason=reason, stage=stage, received_at=task.received_at, raw=raw, batch=batch)
 
-    lines, long = _within(bytes(text) if task.offset is None else _read(task), plan.max_record_bytes)
-    parsed = parse([_plain(lines)], plan.rules, task.received_at, task.batch, shapes=shapes)
+    text = _read(task.name, task.range) if task.range else bytes(text)
+    digest = xxhash.xxh3_128(text)
+    for broken in task.breaks:
+        digest.update(broken.raw)
+    # The letter tells it from the ids of sealed batches, which begin with a digit.
+    batch = f"x{digest.hexdigest()}"
+    numbered = number(batch)
+    lines, long = _within(text, plan.max_record_bytes)
+    parsed = parse([_plain(lines)], plan.rules, task.received_at, batch, shapes=shapes)
     verdict = validate(parsed.table, plan.rules)
     letters = [
         *(rejected(raw, too_long(len(raw), plan.max_record_bytes)) for raw in long),
@@ -212,15 +218,17 @@ def _convert(task: Task, text: Text, plan: Plan, shapes: "Shapes", write: Callab
     records = parsed.lines + len(long) + len(task.breaks)
     good = verdict.good
     # The text is as large as the rows, and has served.
-    del lines, parsed, verdict
+    del text, lines, parsed, verdict
+    # Before anything may end this early: who was asked answers.
+    unit = numbered()
     table = sign(transform(good, plan.rules), plan.rules)
     count = size = 0
     for file in encoded_files(
         table,
         plan.rules,
         plan.encoding,
-        batch=task.batch,
-        unit=task.unit,
+        batch=batch,
+        unit=unit,
         ingested_at=task.received_at if plan.by_ingest_time else None,
         use_hash=plan.use_hash,
     ):
@@ -229,21 +237,21 @@ def _convert(task: Task, text: Text, plan: Plan, shapes: "Shapes", write: Callab
         size += file.data.size
     if letters and plan.keep_dead_letters:
         lines = b"".join(letter.to_json() + b"\n" for letter in letters)
-        write(f"{DEAD_LETTERS}/{task.batch}-{task.unit}.ndjson", lines)
+        write(f"{DEAD_LETTERS}/{batch}-{unit}.ndjson", lines)
     reasons = Counter(_kind(letter.reason) for letter in letters)
     return Outcome(records, table.num_rows, good.num_rows - table.num_rows, reasons, count, size)
 
 
-def _read(task: Task) -> bytes:
-    """The text of a block that lies in a file; the hash tells whether it is still what was cut."""
+def _read(name: str, range_: Range) -> bytes:
+    """The text of a block that lies in a file; its end tells whether that is still what was cut."""
     try:
-        with Path(task.name).open("rb", buffering=0) as file:
-            file.seek(task.offset or 0)
-            text = file.read(task.size)
+        with Path(name).open("rb", buffering=0) as file:
+            file.seek(range_.offset)
+            text = file.read(range_.size)
     except OSError as error:
         raise ChangedError(f"it cannot be read any more: {error.strerror}") from error
-    if xxhash.xxh3_128_hexdigest(text) != task.digest:
-        raise ChangedError(f"it changed while it was converted, after byte {task.offset}")
+    if len(text) != range_.size or ending(text) != range_.ending:
+        raise ChangedError(f"it changed while it was converted, after byte {range_.offset}")
     return text
 
 

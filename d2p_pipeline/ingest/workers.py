@@ -12,8 +12,8 @@ import socket
 import stat
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -63,6 +63,9 @@ class Workers:
         self.count = count
         self._connections: list[Connection] = [*ours]
         self._unused = deque(self._connections)
+        self._seen: Counter[str] = Counter()
+        self._unnumbered: deque[Worker] = deque()
+        """Those whose blocks have no number yet, in the order of the blocks."""
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"import {__name__} as workers; workers.work({descriptors})"],
             stdin=subprocess.DEVNULL,
@@ -85,8 +88,13 @@ class Workers:
         """A worker that has nothing to do yet."""
         return Worker(self._unused.popleft(), plan)
 
+    def convert(self, worker: "Worker", task: "Task", text: "Text") -> None:
+        """Hand a block to a worker that has none."""
+        self._unnumbered.append(worker)
+        worker.convert(task, text)
+
     def answers(self, told: Sequence["Worker"]) -> "Iterator[Result]":
-        """Wait until at least one worker answers. WorkerDiedError if it is not there any more."""
+        """Wait until at least one worker says something. WorkerDiedError if it is not there any more."""
         busy = [worker for worker in told if worker.asked]
         ready = wait([worker.connection for worker in busy])
         for worker in busy:
@@ -96,8 +104,13 @@ class Workers:
                 result = worker.answer()
             except (EOFError, ConnectionError):
                 raise WorkerDiedError(worker.tasks[-1].name, self.end()) from None
+            if not worker.asked and worker in self._unnumbered:
+                self._unnumbered.remove(worker)  # its block could not be read
             if result:
                 yield result
+        while self._unnumbered and (batch := self._unnumbered[0].batch):
+            self._unnumbered.popleft().number(self._seen[batch])
+            self._seen[batch] += 1
 
     def end(self) -> int:
         """Wait for the end of their blocks and of themselves. The exit code, or minus the signal, of one that failed."""
@@ -118,6 +131,8 @@ class Worker:
         self.connection = connection
         self.asked = 0
         """Answers to come."""
+        self.batch: str | None = None
+        """The batch that its block belongs to, while it waits for the number it has there."""
         self.tasks: deque[Task] = deque()
         """What it was told to convert and has no result of yet."""
         self._tell(plan)
@@ -126,20 +141,28 @@ class Worker:
         """Hand it a block."""
         self.asked += 1
         self.tasks.append(task)
-        self._tell(task, text if task.offset is None else None)
+        self._tell(task, None if task.range else text)
 
     def settle(self) -> None:
         """Ask for the next result."""
         self.asked += 1
         self._tell(None)
 
+    def number(self, number: int) -> None:
+        """Tell it how many equal blocks came before."""
+        self.batch = None
+        self._tell(number)
+
     def answer(self) -> "Result | None":
         """What it answers, once its connection has something. EOFError or ConnectionError if it is gone."""
-        result = self.connection.recv()
+        message = self.connection.recv()
+        if isinstance(message, str):
+            self.batch = message
+            return None
         self.asked -= 1
-        return (self.tasks.popleft(), result) if result else None
+        return (self.tasks.popleft(), message) if message else None
 
-    def _tell(self, message: "Plan | Task | None", text: "Text | None" = None) -> None:
+    def _tell(self, message: "Plan | Task | int | None", text: "Text | None" = None) -> None:
         # A worker that is gone is noticed where its answer is waited for.
         with contextlib.suppress(ConnectionError):
             self.connection.send(message)
@@ -184,11 +207,16 @@ def _work(own: Connection, others: Sequence[Connection]) -> None:
 
     for other in others:
         other.close()
+
+    def number(batch: str) -> Callable[[], int]:
+        own.send(batch)
+        return own.recv
+
     with contextlib.suppress(EOFError, ConnectionError), Converter(own.recv()) as converter:
         while True:
             task = own.recv()
             if task is None:
                 own.send(converter.settle())
             else:
-                text = own.recv_bytes() if task.offset is None else b""
-                own.send(converter.convert(task, text))
+                text = b"" if task.range else own.recv_bytes()
+                own.send(converter.convert(task, text, number))

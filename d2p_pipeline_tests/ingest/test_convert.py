@@ -10,8 +10,9 @@ import pytest
 import zstandard
 
 from d2p_pipeline.ingest.convert import Summary, block_for, convert, memory_needed
+from d2p_pipeline.ingest.documents import Content, Range, ranges
 from d2p_pipeline.ingest.generator import generate
-from d2p_pipeline.ingest.task import Plan
+from d2p_pipeline.ingest.task import Converter, Failure, Plan, Task
 from d2p_pipeline.parquet.encode import Encoding
 from d2p_pipeline.parquet.store import LocalStore
 from d2p_pipeline.records.dead_letter import DeadLetter
@@ -259,6 +260,33 @@ def test_equal_inputs_and_equal_blocks_all_arrive(directory: Directory, jobs: in
     )
 
 
+def test_equal_blocks_are_numbered_in_the_order_of_the_inputs_whoever_converts_them(directory: Directory) -> None:
+    names = [directory.put(line("a"), str(number)) for number in range(6)]
+    for number, name in enumerate(names):
+        os.utime(name, (3600 * number, 3600 * number))
+    directory.convert(*names, jobs=2, by_ingest_time=True)
+    places = sorted((file.parent.name, file.name.rpartition("-")[2]) for file in directory.root.rglob("*.parquet"))
+    assert places == [(f"hour={number:02}", f"{number}.parquet") for number in range(6)]
+
+
+@pytest.mark.parametrize("change", ["other", "shorter", "gone"])
+def test_an_input_that_changes_while_it_is_converted_fails(directory: Directory, change: str) -> None:
+    name = directory.put(line("a") + b"\n")
+    with Path(name).open("rb", buffering=0) as file:
+        [block] = ranges(Content(file), size=1000, longest=1000)
+    assert isinstance(block, Range)
+    if change == "gone":
+        Path(name).unlink()
+    else:
+        directory.put(line("b") + b"\n" if change == "other" else b"\n")
+    with Converter(Plan(Rules(), Encoding(), LocalStore(directory.root))) as converter:
+        result = converter.convert(Task(name, block, block.size, (), 0, 0), b"", lambda batch: lambda: 0)
+    assert isinstance(result, Failure)
+    assert not result.fatal
+    assert ("cannot be read any more" if change == "gone" else "it changed while it was converted") in result.reason
+    assert not directory.root.exists()
+
+
 def test_an_input_converted_again_among_others_overwrites_its_own_files(directory: Directory) -> None:
     first, second = directory.put(line("a"), "first"), directory.put(line("b"), "second")
     directory.convert(first)
@@ -287,9 +315,10 @@ def test_rows_that_the_users_function_drops_are_neither_rows_nor_dead_letters(di
     assert directory.messages() == ["a"]
 
 
-def test_a_function_that_fails_stops_the_run(directory: Directory) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_function_that_fails_stops_the_run(directory: Directory, jobs: int) -> None:
     plan = Plan(Rules(transform=f"{TRANSFORMS}:doubled"), Encoding(), LocalStore(directory.root))
-    summary = convert([directory.put(line("a"))], plan)
+    summary = convert([directory.put(line("a"))] * 4, plan, jobs=jobs)
     assert summary.stopped is not None
     assert "doubled" in summary.stopped
     assert summary.records == 0
