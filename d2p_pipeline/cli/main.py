@@ -16,7 +16,7 @@ def main() -> None:
         from d2p_pipeline.ingest import workers
 
         # Options and their values are not told from files here: what is no file counts for nothing.
-        early = workers.for_files(sys.argv[2:], workers.cores())
+        early = workers.for_files(sys.argv[2:], workers.cores(), fork=True)
 
     from d2p_pipeline.cli.app import app
 

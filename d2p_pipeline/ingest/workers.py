@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
@@ -32,9 +33,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def for_files(names: Sequence[str], count: int) -> "Workers | None":
+def for_files(names: Sequence[str], count: int, *, fork: bool = False) -> "Workers | None":
     """Workers, if it is worth their start to convert those of the names that are files."""
-    return Workers(count) if sum(map(_size, names)) >= _WORTH else None
+    return Workers(count, fork=fork) if sum(map(_size, names)) >= _WORTH else None
 
 
 def _size(name: str) -> int:
@@ -55,9 +56,13 @@ class WorkerDiedError(Exception):
 
 
 class Workers:
-    """Processes that convert. The first one loads what all of them need, while its caller is busy otherwise; then it forks."""
+    """Processes that convert. The first one loads what all of them need, while its caller is busy otherwise; then it forks.
 
-    def __init__(self, count: int) -> None:
+    With `fork` it is forked from this process, which is sooner there; right as long as this one has neither threads nor loaded
+    the same.
+    """
+
+    def __init__(self, count: int, *, fork: bool = False) -> None:
         ours, theirs = zip(*(Pipe() for _ in range(count)), strict=True)
         descriptors = [connection.fileno() for connection in theirs]
         self.count = count
@@ -66,15 +71,7 @@ class Workers:
         self._seen: Counter[str] = Counter()
         self._unnumbered: deque[Worker] = deque()
         """Those whose blocks have no number yet, in the order of the blocks."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"import {__name__} as workers; workers.work({descriptors})"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {"POLARS_MAX_THREADS": "1"},
-            pass_fds=descriptors,
-            # Not that of the terminal: Ctrl-C lets them end their blocks.
-            process_group=0,
-        )
+        self._process = _Forked(descriptors, ours) if fork else _spawned(descriptors)
         for connection in theirs:
             connection.close()
 
@@ -118,6 +115,44 @@ class Workers:
             connection.close()
         code = self._process.wait()
         return code - _SIGNALLED if code > _SIGNALLED // 2 else code
+
+
+def _spawned(descriptors: Sequence[int]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", f"import {__name__} as workers; workers.work({descriptors})"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        # Not that of the terminal: Ctrl-C lets them end their blocks.
+        process_group=0,
+    )
+
+
+class _Forked:
+    """The same as `_spawned`, without the time a new Python takes to begin."""
+
+    def __init__(self, descriptors: Sequence[int], others: Sequence[Connection]) -> None:
+        self._status: int | None = None
+        self._pid = os.fork()
+        if self._pid:
+            return
+        try:
+            for connection in others:
+                connection.close()
+            os.setpgid(0, 0)
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, 0)
+            os.dup2(nothing, 1)
+            work(descriptors)
+        except Exception:  # noqa: BLE001  # nobody else prints it
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
+    def wait(self) -> int:
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._status
 
 
 # What is added to the number of a signal, which is negative, to make an exit code of it.
@@ -172,6 +207,7 @@ class Worker:
 
 def work(descriptors: Sequence[int]) -> None:
     """What the first process of `Workers` does: load everything, then fork a worker for each descriptor that is used."""
+    os.environ["POLARS_MAX_THREADS"] = "1"
     from d2p_pipeline.ingest.task import get_ready
 
     get_ready()

@@ -25,16 +25,16 @@ from d2p_pipeline.cli.main import main
 from d2p_pipeline.ingest import workers
 
 class Told(workers.Workers):
-    def __init__(self, count):
-        print("after" if "typer" in sys.modules else "before", file=sys.stderr)
-        super().__init__(count)
+    def __init__(self, count, *, fork=False):
+        print("after" if "typer" in sys.modules else "before", "forked" if fork else "spawned", file=sys.stderr)
+        super().__init__(count, fork=fork)
 
 workers._WORTH = 0
 workers.Workers = Told
 main()
 """
 EAGER_D2P = [sys.executable, "-c", EAGER]
-"""Takes any file for a large one, and says whether workers are started before the command is read."""
+"""Takes any file for a large one, and says how workers are started, and whether before the command is read."""
 
 LIMIT = 384 << 20
 
@@ -175,7 +175,7 @@ def test_workers_that_were_started_before_the_command_was_read_convert(jobs: int
     done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
     assert rows() == 100
     # More than were started take the place of those.
-    assert done.stderr.split() == (["before", "after"] if jobs > cores() else ["before"])
+    assert done.stderr.splitlines() == ["before forked", *(["after spawned"] if jobs > cores() else [])]
 
 
 def test_workers_that_were_started_for_a_command_that_cannot_be_read_end_with_it() -> None:
