@@ -69,7 +69,7 @@ def convert(
     """
     summary = Summary(inputs=len(names))
     began = time.monotonic()
-    tasks = _tasks(names, plan, block_bytes, summary, by_range=jobs > 1 or workers is not None)
+    tasks = _tasks(names, plan, block_bytes, summary)
     keep_memory()
     try:
         with contextlib.closing(_results(tasks, plan, jobs, workers)) as results:
@@ -119,8 +119,8 @@ _MOST_REASONS = 1000
 # --- cutting
 
 
-def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary, *, by_range: bool) -> Iterator[_Work]:
-    """Every block of every input, in order; without its text where `by_range` is set and the range tells enough."""
+def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary) -> Iterator[_Work]:
+    """Every block of every input, in order; without its text where its range tells enough."""
     for name in names:
         try:
             with _opened(name) as file:
@@ -129,7 +129,7 @@ def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary,
                 is_file = stat.S_ISREG(status.st_mode)
                 received_at = status.st_mtime_ns // 1_000_000 if is_file else time.time_ns() // 1_000_000
                 taken = 0
-                cut = ranges if by_range and is_file and not content.compressed else blocks
+                cut = ranges if is_file and not content.compressed else blocks
                 for block in cut(content, block_bytes, plan.max_record_bytes):
                     range_ = block if isinstance(block, Range) else None
                     task = Task(name, range_, block.size, block.breaks, received_at, content.taken - taken)
