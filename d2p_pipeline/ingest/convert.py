@@ -118,6 +118,9 @@ _MOST_REASONS = 1000
 
 # --- cutting
 
+# Names that mean something else to another process.
+_OWN = (STDIN, "/dev/stdin", "/dev/fd/", "/proc/")
+
 
 def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary) -> Iterator[_Work]:
     """Every block of every input, in order; without its text where its range tells enough."""
@@ -129,7 +132,7 @@ def _tasks(names: Sequence[str], plan: Plan, block_bytes: int, summary: Summary)
                 is_file = stat.S_ISREG(status.st_mode)
                 received_at = status.st_mtime_ns // 1_000_000 if is_file else time.time_ns() // 1_000_000
                 taken = 0
-                cut = ranges if is_file and not content.compressed else blocks
+                cut = ranges if is_file and not name.startswith(_OWN) and not content.compressed else blocks
                 for block in cut(content, block_bytes, plan.max_record_bytes):
                     range_ = block if isinstance(block, Range) else None
                     task = Task(name, range_, block.size, block.breaks, received_at, content.taken - taken)

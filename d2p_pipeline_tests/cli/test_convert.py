@@ -111,6 +111,13 @@ def test_standard_input_is_read_where_no_file_is_named(arguments: list[str]) -> 
     assert rows() == 50
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_standard_input_may_be_a_file(name: str) -> None:
+    with Path(put("in.ndjson", list(generate(50)))).open("rb") as file:
+        subprocess.run([*EAGER_D2P, "convert", name], stdin=file, check=True, capture_output=True)
+    assert rows() == 50
+
+
 def test_settings_come_from_flags_the_environment_and_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     name = put("a.ndjson", list(generate(10)))
     Path("d2p.json").write_text('{"WriterFilePath": "from-file", "writer_compression_type": "zstd"}')
