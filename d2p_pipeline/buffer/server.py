@@ -72,9 +72,12 @@ class Server:
         if not calls:
             return []
         replies = _translated(lambda: self._send(calls))
-        if any(isinstance(reply, NoScriptError) for reply in replies):
+        if missed := [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
             _translated(self._load)
-            replies = _translated(lambda: self._send(calls))
+            # Of a Cluster only some nodes may have forgotten them, and what the others said is not said twice.
+            again = _translated(lambda: self._send([calls[place] for place in missed]))
+            for place, reply in zip(missed, again, strict=True):
+                replies[place] = reply
         for reply in replies:
             if isinstance(reply, Exception) and not errors:
                 raise translate(reply) from reply

@@ -93,7 +93,7 @@ class Block:
 class Range:
     """A block of lines that was passed over, perhaps blank ones: its text is the `size` bytes of the content at `offset`.
 
-    `ending` is what `ending` makes of that text, if it is still the same.
+    `ending` is the hash of its last bytes, by which the text is known again.
     """
 
     offset: int

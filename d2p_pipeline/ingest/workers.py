@@ -12,7 +12,6 @@ import socket
 import stat
 import subprocess
 import sys
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
@@ -145,7 +144,7 @@ class _Forked:
             os.dup2(nothing, 1)
             work(descriptors)
         except Exception:  # noqa: BLE001  # nobody else prints it
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
         finally:
             os._exit(1)
 

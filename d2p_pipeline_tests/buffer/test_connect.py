@@ -179,6 +179,11 @@ def test_a_cluster_of_three_masters(redis_servers: RedisServers, tmp_path: Path)
         buffer.push(pushes)
     assert {state.key for state in buffer.due(buffer.now() + 1, 100)} == {push.key for push in pushes[1:]}
     client.flushall()
+    assert isinstance(client, RedisCluster)
+    client.get_redis_connection(client.get_primaries()[0]).script_flush()
+    buffer.push(pushes)
+    assert {state.key for state in buffer.due(buffer.now() + 1, 100)} == {push.key for push in pushes}
+    client.flushall()
     asyncio.run(assert_takes_what_an_event_loop_pushes(client, url))
     client.flushall()
     assert isinstance(client, RedisCluster)

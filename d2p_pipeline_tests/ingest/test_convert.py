@@ -1,6 +1,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -260,13 +262,38 @@ def test_equal_inputs_and_equal_blocks_all_arrive(directory: Directory, jobs: in
     )
 
 
-def test_equal_blocks_are_numbered_in_the_order_of_the_inputs_whoever_converts_them(directory: Directory) -> None:
-    names = [directory.put(line("a"), str(number)) for number in range(6)]
-    for number, name in enumerate(names):
-        os.utime(name, (3600 * number, 3600 * number))
-    directory.convert(*names, jobs=2, by_ingest_time=True)
+SECOND_FIRST = """
+import os
+from pathlib import Path
+from d2p_pipeline.ingest import task, workers
+from d2p_pipeline.ingest.convert import convert
+from d2p_pipeline.parquet.encode import Encoding
+from d2p_pipeline.parquet.store import LocalStore
+from d2p_pipeline.records.rules import Rules
+
+read, (second, is_read) = task._read, os.pipe()
+
+def reads(name, range_):
+    if name == "first":
+        os.read(second, 1)
+    text = read(name, range_)
+    if name == "second":
+        os.write(is_read, b".")
+    return text
+
+task._read = reads
+plan = task.Plan(Rules(), Encoding(), LocalStore(Path("out")), by_ingest_time=True)
+assert convert(["first", "second"], plan, jobs=2, workers=workers.Workers(2, fork=True)).rows == 2
+"""
+"""The worker that has the first input reads it after the other one has read the second."""
+
+
+def test_equal_blocks_are_numbered_in_the_order_of_the_inputs_whoever_is_sooner(directory: Directory) -> None:
+    for hour, name in enumerate(["first", "second"]):
+        os.utime(directory.put(line("a"), name), (3600 * hour, 3600 * hour))
+    subprocess.run([sys.executable, "-c", SECOND_FIRST], cwd=directory.path, check=True, timeout=60)
     places = sorted((file.parent.name, file.name.rpartition("-")[2]) for file in directory.root.rglob("*.parquet"))
-    assert places == [(f"hour={number:02}", f"{number}.parquet") for number in range(6)]
+    assert places == [("hour=00", "0.parquet"), ("hour=01", "1.parquet")]
 
 
 @pytest.mark.parametrize("change", ["other", "shorter", "gone"])
