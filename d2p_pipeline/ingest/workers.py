@@ -143,8 +143,8 @@ class _Forked:
             os.dup2(nothing, 0)
             os.dup2(nothing, 1)
             work(descriptors)
-        except Exception:  # noqa: BLE001  # nobody else prints it
-            sys.excepthook(*sys.exc_info())
+        except Exception as error:  # noqa: BLE001  # nobody else prints it
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             os._exit(1)
 
