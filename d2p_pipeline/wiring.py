@@ -57,6 +57,10 @@ def check_records(settings: Settings) -> None:
             _check_transform(found.transform)
     except OSError as error:
         raise SettingsError([Problem("json_schema_path", str(error.filename), error.strerror or str(error))]) from error
+    except UnicodeDecodeError as error:  # of rules(): nothing else reads text
+        raise SettingsError(
+            [Problem("json_schema_path", str(settings.json_schema_path), f"is no UTF-8 text: {error}")]
+        ) from error
     except ValueError as error:
         raise SettingsError([Problem("records", None, str(error))]) from error
 

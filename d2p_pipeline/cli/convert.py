@@ -92,6 +92,8 @@ def _names(files: list[str] | None) -> list[str]:
         # A file may be called like a pattern. A pattern that nothing matches is reported like a file that is not there.
         is_name = file == STDIN or Path(file).exists()
         found = [] if is_name else sorted(glob.glob(file, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+        if "**" in file:  # it names what is in directories, and them
+            found = [path for path in found if not Path(path).is_dir()]
         names.extend(found or [file])
     return names
 

@@ -55,7 +55,7 @@ def records(body: bytes) -> Iterable[bytes]:
             _check_commas(body)
             try:
                 return map(bytes, _logs.decode(body).logs)
-            except (msgspec.DecodeError, RecursionError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 pass  # NDJSON whose first record has a field "logs"
         try:
             return [bytes(_value.decode(body))]

@@ -341,6 +341,7 @@ _TRIES = 3
 
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def _opening(text: _Text) -> re.Match[bytes] | None:
@@ -350,7 +351,7 @@ def _opening(text: _Text) -> re.Match[bytes] | None:
         end = text.data.find(b"\n", opening.end())
         try:
             line = _object.decode(text.data[text.at : end if end >= 0 else len(text.data)].removeprefix(_BOM))
-        except msgspec.DecodeError:
+        except _UNDECODABLE:
             return opening
         if len(line) > 1:
             return None  # a record that has a field "logs"
@@ -395,7 +396,7 @@ def _many(text: _Text) -> bytes | None:
     for delimiter in reversed(delimiters[-_TRIES:]):
         try:
             elements = _array.decode(b"[%b]" % text.data[text.at : delimiter].replace(b"\n", b"\r"))
-        except msgspec.DecodeError:
+        except _UNDECODABLE:
             continue
         text.at = delimiter + 1
         return b"\n".join((*elements, b""))

@@ -54,7 +54,7 @@ def run(*arguments: object) -> Result:
 
 def put(name: str, lines: list[bytes]) -> str:
     path = Path(name)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"\n".join(lines))
     return name
 
@@ -74,8 +74,9 @@ def test_files_and_patterns_become_rows() -> None:
     lines = list(generate(300))
     put("logs/a.ndjson", lines[:100])
     put("logs/b.ndjson", lines[100:200])
-    put("logs/a[1].ndjson", lines[200:])
-    result = run("logs/[ab].ndjson", "logs/a[1].ndjson", "--jobs", 1)
+    put("logs/a[1].ndjson", lines[200:250])
+    put("logs/below/c/d.ndjson", lines[250:])
+    result = run("logs/[ab].ndjson", "logs/a[1].ndjson", "logs/be*/**", "--jobs", 1)
     assert result.exit_code == 0, result.output
     assert rows() == 300
     assert "300" in result.stdout

@@ -24,6 +24,10 @@ COMMANDS = (["receive"], ["up"], ["convert", "in.ndjson"])
             {"RECORD_TYPE": "dynamic", "JSON_SCHEMA_PATH": "schema.json"},
             "JSON Schema, /properties/a/$ref: 'other.json' is not in this document",
         ),
+        (
+            {"RECORD_TYPE": "dynamic", "JSON_SCHEMA_PATH": "latin"},
+            "json_schema_path = latin: is no UTF-8 text",
+        ),
     ],
 )
 def test_it_is_told_and_the_exit_code_is_2(
@@ -31,8 +35,9 @@ def test_it_is_told_and_the_exit_code_is_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "schema.json").write_text('{"type":"object","properties":{"a":{"$ref":"other.json"}}}')
+    (tmp_path / "latin").write_bytes(b'{"title":"\xe9"}')
     (tmp_path / "in.ndjson").write_text("{}\n")
     result = CliRunner().invoke(app, command, env={f"D2P_{name}": value for name, value in settings.items()})
     assert result.exit_code == 2
     assert complaint in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.ndjson", "schema.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.ndjson", "latin", "schema.json"]

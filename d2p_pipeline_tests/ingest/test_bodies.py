@@ -144,6 +144,7 @@ def test_broken_or_lying_messagepack_is_refused_whole(body: bytes) -> None:
 
 @example(b"[" * 100_000, [])
 @example(b'{"logs":[' + b"[" * 100_000, [])
+@example(b'{"logs":[1],"\xff":1}', [])
 @example(b'{"a":' * 100_000, [])
 @given(body=st.binary(max_size=300), cuts=st.lists(st.integers(1, 300), max_size=5))
 def test_any_bytes_are_records_or_refused(body: bytes, cuts: list[int]) -> None:

@@ -184,6 +184,25 @@ def test_a_bad_element_spoils_no_other() -> None:
     assert damage
 
 
+DEEP = b'{"a":' * 5000 + b"1" + b"}" * 5000
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b'[%b,{"b":2},{"c":3}]' % DEEP, [DEEP, b'{"b":2}', b'{"c":3}']),
+        (b'{"logs":[{"b":2},%b]}' % DEEP, [b'{"b":2}', DEEP]),
+        (b'{"logs":[{"\xff":1},{"b":2}]}', [b'{"\xff":1}', b'{"b":2}']),
+        (b'{"logs":[{"b":2}],"\xff":1}', [b'{"b":2}']),
+    ],
+    ids=["deep", "deep in logs", "no UTF-8", "no UTF-8 beside logs"],
+)
+def test_what_a_decoder_cannot_read_spoils_no_other_element(data: bytes, expected: list[bytes]) -> None:
+    found, damage = cut(data)
+    assert lines(found) == expected
+    assert damage is None
+
+
 def test_an_element_longer_than_any_record_breaks_the_document_off_in_bounded_memory() -> None:
     found, damage = cut(b'[{"a":1},{"b":"' + b"x" * 300_000 + b'"}]', longest=1000, window=100)
     assert lines(found) == [b'{"a":1}']

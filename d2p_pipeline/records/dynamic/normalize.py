@@ -105,11 +105,11 @@ class DynamicNormalizer:
 
 
 def _decoded(line: bytes) -> dict[str, Any]:
-    """The record with its floats as numbers, as a validator wants them."""
+    """The record with its floats as numbers, as a validator wants them; it was read before, with floats as text."""
     try:
         return _plain(line)
-    except msgspec.DecodeError as error:
-        raise Rejected(f"invalid JSON: {error}") from None
+    except msgspec.DecodeError:
+        raise Rejected("a number is beyond those of 64-bit floats") from None
 
 
 def _key_part(record: dict[str, Any], name: str) -> str:

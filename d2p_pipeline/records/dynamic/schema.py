@@ -7,13 +7,13 @@ or would let a value pass unseen, is refused with its JSON pointer, when the pro
 Masked properties are validated as strings and ignored ones not at all, because the validator sees what is left of them.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
+from urllib.parse import unquote
 
 import jsonschema_rs
+import msgspec
 
 from d2p_pipeline.records.dynamic.columns import (
     BOOLEAN,
@@ -74,6 +74,8 @@ def compiled(rules: Rules) -> Compiled:
     document = _document(rules.json_schema or "")
     reader = _Reader(document, rules)
     root, effective = reader.read(document, "", "", ())
+    if root.kind == "map":
+        raise SchemaError("", "names no properties, so it gives no columns; columns are inferred without a schema")
     if root.kind != "object":
         raise SchemaError("", f"describes a {root.kind}, but records are objects; give it type object")
     columns = _with_time(settled(root), rules)
@@ -81,24 +83,39 @@ def compiled(rules: Rules) -> Compiled:
         _check_key(columns, name)
     if rules.hmac_key is not None and "hmac" in dict(columns.members):
         raise SchemaError("/properties/hmac", "is computed by use_hmac; name the property differently")
-    return Compiled(columns, jsonschema_rs.Draft202012Validator(effective, validate_formats=True))
+    return Compiled(columns, _validator(effective))
+
+
+def _validator(schema: Any) -> jsonschema_rs.Draft202012Validator:
+    try:
+        return jsonschema_rs.Draft202012Validator(schema, validate_formats=True, retriever=_retrieve)
+    except jsonschema_rs.ValidationError as error:
+        raise SchemaError(_pointer(error.instance_path), error.message) from error
+
+
+def _retrieve(uri: str) -> Any:
+    raise LookupError(f"{uri} is not in this document")
 
 
 def _document(text: str) -> Schema:
     try:
-        document = json.loads(text)
-    except ValueError as error:
+        document = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise SchemaError("", f"is no JSON: {error}") from error
     if not isinstance(document, dict):
         raise SchemaError("", "is no object")
     schema = cast(Schema, document)
-    if schema.get("$schema", _DRAFT).rstrip("#") != _DRAFT:
+    if str(schema.get("$schema", _DRAFT)).rstrip("#") != _DRAFT:
         raise SchemaError("/$schema", f"is {schema['$schema']}; only {_DRAFT} is read")
+    _check_meta(schema, "")
+    return schema
+
+
+def _check_meta(schema: Any, pointer: str) -> None:
     try:
         jsonschema_rs.meta.validate(schema)
     except jsonschema_rs.ValidationError as error:
-        raise SchemaError(_pointer(error.instance_path), error.message) from error
-    return schema
+        raise SchemaError(pointer + _pointer(error.instance_path), error.message) from error
 
 
 def _pointer(path: list[str | int]) -> str:
@@ -146,11 +163,13 @@ class _Reader:
 
     def _at(self, reference: str, pointer: str) -> Any:
         place: Any = self._document
-        for part in reference[2:].split("/"):
+        for part in unquote(reference[2:]).split("/"):
             name = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(place, Mapping) or name not in place:
-                raise SchemaError(pointer, f"{reference!r} is not there")
-            place = cast(Schema, place)[name]
+            try:
+                place = place[int(name) if isinstance(place, list) and name.isdecimal() else name]
+            except (LookupError, TypeError):
+                raise SchemaError(pointer, f"{reference!r} is not there") from None
+        _check_meta(place, reference[1:])  # it may lie where the document's check saw no schema
         return place
 
     def _union(self, schema: Schema, pointer: str, path: str, within: tuple[str, ...]) -> tuple[Column, Any]:

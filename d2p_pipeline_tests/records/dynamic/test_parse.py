@@ -232,6 +232,11 @@ def test_a_record_against_the_schema_is_a_dead_letter_that_names_place_and_rule(
     assert letter.batch == "B1"
 
 
+def test_a_number_that_no_validator_reads_is_said_to_be_one() -> None:
+    [letter] = parsed(b'{"k": "a", "n": 1e400}', rules=by_schema(PROPERTIES)).rejects
+    assert letter.reason == "a number is beyond those of 64-bit floats"
+
+
 def test_unknown_fields_of_an_open_schema_are_kept() -> None:
     result = parsed(
         line(n=5, a=1.50, b=None, c=[1]), line(**{"extra-fields": {"x": "1"}}), rules=by_schema(PROPERTIES, True)

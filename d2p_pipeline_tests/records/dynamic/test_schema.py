@@ -51,6 +51,8 @@ OPEN = pa.map_(STRING, STRING)
         ({"oneOf": [{"type": "null"}, {"$ref": "#/$defs/id"}]}, STRING),
         ({"$ref": "#/$defs/id", "description": "who"}, STRING),
         ({"$ref": "#/$defs/a~1b"}, pa.float64()),
+        ({"$ref": "#/$defs/more/anyOf/0"}, pa.bool_()),
+        ({"$ref": "#/$defs/%69d"}, STRING),
         ({"type": "string", "anyOf": [{"minLength": 3}, {"maxLength": 1}], "not": {"const": "x"}}, STRING),
         ({"type": "object"}, OPEN),
         ({"type": "object", "additionalProperties": {"type": "integer"}}, pa.map_(STRING, pa.int64())),
@@ -65,7 +67,8 @@ OPEN = pa.map_(STRING, STRING)
 )
 def test_a_property_becomes_a_column(schema: Any, expected: pa.DataType) -> None:
     defs = {"id": {"type": "string", "format": "uuid"}, "a/b": {"type": "number"}}
-    assert columns({"x": schema}, **{"$defs": defs}) == {"x": expected}
+    more = {"anyOf": [{"type": "boolean"}]}
+    assert columns({"x": schema}, **{"$defs": {**defs, "more": more}}) == {"x": expected}
 
 
 def test_names_and_their_order_are_kept_as_they_are() -> None:
@@ -92,6 +95,11 @@ def test_there_is_a_time_column_whatever_is_declared() -> None:
         ({"type": ["object", "string"]}, "/properties/x/type", "a column holds one type"),
         ({"$ref": "https://example.org/s"}, "/properties/x/$ref", "not in this document"),
         ({"$ref": "#/$defs/nope"}, "/properties/x/$ref", "is not there"),
+        ({"$ref": "#/required/-1"}, "/properties/x/$ref", "is not there"),
+        ({"$ref": "#/required/0"}, "/required/0", "is not of types"),
+        ({"$ref": "#/x/odd"}, "/x/odd/type", "strange"),
+        ({"not": {"$ref": "https://example.org/s"}}, "", "not in this document"),
+        ({"pattern": "("}, "/properties/x/pattern", "is not a"),
         ({"$ref": "#/$defs/tree"}, "/$defs/tree/properties/left/$ref", "contains itself"),
         ({"$ref": "#"}, "/properties/x/$ref", "contains itself"),
         ({"$ref": "#/$defs/tree", "type": "object"}, "/properties/x/type", "stands beside $ref"),
@@ -109,7 +117,7 @@ def test_there_is_a_time_column_whatever_is_declared() -> None:
 def test_what_no_column_can_hold_is_refused_at_its_place(schema: Any, pointer: str, reason: str) -> None:
     tree = {"type": "object", "properties": {"left": {"$ref": "#/$defs/tree"}}}
     with pytest.raises(SchemaError, match=reason.replace("$", r"\$")) as caught:
-        columns({"x": schema}, **{"$defs": {"tree": tree}})
+        columns({"x": schema}, **{"$defs": {"tree": tree}, "required": ["k"], "x": {"odd": {"type": "strange"}}})
     assert caught.value.pointer == pointer
 
 
@@ -118,7 +126,11 @@ def test_what_no_column_can_hold_is_refused_at_its_place(schema: Any, pointer: s
     [
         ("{", "is no JSON"),
         ("[]", "is no object"),
+        ('{"a":' * 5000, "is no JSON"),
+        ('{"properties": {"\\ud800": {}}}', "is no JSON"),
         ({"type": "string"}, "describes a string"),
+        ({"type": "object"}, "names no properties"),
+        ({"$schema": 5, "type": "object"}, "is 5; only"),
         (
             {"$schema": "http://json-schema.org/draft-04/schema#", "type": "object"},
             "only https://json-schema.org/draft",
