@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ TAG, TIME, METADATA, GROUP = "fluent-tag", "fluent-time", "fluent-metadata", "fl
 
 _GROUP_BEGINS, _GROUP_ENDS = (0xFFFFFFFF, 0), (0xFFFFFFFE, 0)
 _EVENT_TIME = struct.Struct(">II")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH = datetime(1970, 1, 1)  # UTC, which is written behind it
 _LONGEST_KEPT_NAME = 64
 
 
@@ -63,12 +63,16 @@ class EventTime:
         self.seconds, self.nanoseconds = seconds, nanoseconds
 
     def __str__(self) -> str:
-        return f"{_second(self.seconds)}.{self.nanoseconds:09d}Z"
+        more, nanoseconds = divmod(self.nanoseconds, 10**9)
+        try:
+            return f"{_second(self.seconds + more)}.{nanoseconds:09d}Z"
+        except OverflowError:  # in no year that has four digits: as a number
+            return f"{self.seconds + more}.{nanoseconds:09d}"
 
 
 @lru_cache(maxsize=256)
 def _second(seconds: int) -> str:
-    return (_EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S")
+    return (_EPOCH + timedelta(seconds=seconds)).isoformat()
 
 
 def unpacker(size: int) -> msgpack.Unpacker:
@@ -197,7 +201,7 @@ def _as_text(value: object) -> str:
     if isinstance(value, EventTime):
         return str(value)
     if isinstance(value, msgpack.Timestamp):
-        return value.to_datetime().isoformat()
+        return str(EventTime(value.seconds, value.nanoseconds))
     raise NotImplementedError(f"no text for {type(value).__name__}")
 
 

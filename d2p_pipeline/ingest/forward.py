@@ -317,7 +317,8 @@ class Forward:
         try:
             if self._credentials:
                 async with asyncio.timeout(HANDSHAKE_SECONDS):
-                    await _greet(reader, writer, self._credentials)
+                    if not await _greet(reader, writer, self._credentials):
+                        return
             framer = Framer(self._max_bytes)
             while data := await self._read(reader, stopping):
                 framer.feed(data)
@@ -427,8 +428,11 @@ def _peer(writer: asyncio.StreamWriter) -> str:
 # --- the handshake
 
 
-async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, known: Credentials) -> None:
-    """HELO, PING and PONG; ForwardError when the client does not prove that it knows the secrets."""
+async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, known: Credentials) -> bool:
+    """HELO, PING and PONG; ForwardError when the client does not prove that it knows the secrets.
+
+    False: it went away without a word, as probes do, and Fluentd's heartbeats.
+    """
     nonce = secrets.token_hex(16)
     salt = secrets.token_hex(16) if known.users else ""
     # In one write: Fluent Bit expects each message of the handshake in one piece.
@@ -436,6 +440,8 @@ async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kno
     framer = Framer(_HANDSHAKE_BYTES)
     while (data := framer.next()) is None:
         received = await reader.read(_HANDSHAKE_BYTES)
+        if not received and not framer.pending:
+            return False
         if not received:
             raise ForwardError("the connection ended within the handshake")
         framer.feed(received)
@@ -452,6 +458,7 @@ async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kno
     await writer.drain()
     if reason:
         raise ForwardError(f"the client {hostname.decode(errors='replace')!r} is not let in: {reason}")
+    return True
 
 
 def _refusal(

@@ -35,7 +35,7 @@ SMALL_BYTES = 64 << 10
 SWEEP_SECONDS = 0.25
 """How often connections are looked at that may have been silent for too long."""
 LINGER_SECONDS = 2.0
-"""How long a connection that is to end is read on, so that the client gets to read why."""
+"""How long a connection that is to end waits for the client: to read why it ends, or with TLS to say that it ends too."""
 _NEVER = float("inf")
 
 Headers = tuple[tuple[str, str], ...]
@@ -61,7 +61,7 @@ class Exchange:
         self.length = int(length) if length is not None else None
         """Bytes of the body, if the client told."""
         self.arrived = 0.0
-        """When its head was there, by the event loop's clock."""
+        """When its head was there, by the event loop's clock, which uvloop itself cuts to milliseconds."""
         self.begun = False
         """Whether it is the handler's turn, or will be when the requests before it are answered."""
         self.complete = False
@@ -280,7 +280,7 @@ class Connection(asyncio.Protocol):
         if "://" in path:  # the absolute form, as for a proxy
             path = "/" + path.partition("://")[2].partition("/")[2]
         exchange = Exchange(self, method, path, headers)
-        exchange.arrived = self._service.loop.time()
+        exchange.arrived = time.monotonic()
         exchange.keep_alive = self._parser.should_keep_alive() and version == "1.1"
         self._open = exchange
         self._unframed = 0
@@ -451,11 +451,9 @@ class Service:
             task.add_done_callback(self._greeting.discard)
 
     async def _greet(self, client: socket, tls: ssl.SSLContext | None) -> None:
-        timeout = self.head_seconds if tls else None
+        timeouts = {"ssl_handshake_timeout": self.head_seconds, "ssl_shutdown_timeout": LINGER_SECONDS} if tls else {}
         try:
-            await self.loop.connect_accepted_socket(
-                lambda: Connection(self), client, ssl=tls, ssl_handshake_timeout=timeout
-            )
+            await self.loop.connect_accepted_socket(lambda: Connection(self), client, ssl=tls, **timeouts)
         except (OSError, TimeoutError):  # ssl.SSLError is an OSError: no TLS, or no certificate that counts
             client.close()
             self._free.release()

@@ -16,7 +16,7 @@ DISCARDED_BODIES = 4
 """How many times `body_bytes` of a body too large is read and thrown away before the connection is cut."""
 SLOWEST = 64 << 10
 """Bytes per second that a body may come by, once its `body_seconds` are over."""
-_NAMES = {"gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"}
+_NAMES = {"": None, "identity": None, "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"}
 _CLOSE = ("connection", "close")
 
 
@@ -50,7 +50,7 @@ class Bodies:
 
     def open(self, exchange: Exchange) -> "Body":
         """The body of a request; `close` it when the request is answered."""
-        return Body(self, exchange, exchange.headers.get("content-encoding"))
+        return Body(self, exchange, exchange.headers.get("content-encoding", ""))
 
 
 class Body:
@@ -58,16 +58,18 @@ class Body:
 
     __slots__ = ("_all", "_encoding", "_exchange", "_held", "_length", "_limits")
 
-    def __init__(self, bodies: Bodies, exchange: Exchange, encoding: str | None) -> None:
+    def __init__(self, bodies: Bodies, exchange: Exchange, encoding: str) -> None:
         self._all = bodies
         self._limits = bodies.limits
         self._exchange = exchange
         self._length = length = exchange.length
         self._held = 0
-        self._encoding = None if encoding is None or encoding == "identity" else _NAMES.get(encoding.strip().lower())
-        if self._encoding is None and encoding is not None and encoding != "identity":
+        name = encoding.strip().lower()
+        if name not in _NAMES:
             raise HttpError(415, "encoding", f"Content-Encoding {encoding} is not supported; use gzip, zstd or none")
-        if length is not None and length > DISCARDED_BODIES * self._limits.body_bytes:
+        self._encoding = _NAMES[name]
+        read = 1 if exchange.expects else DISCARDED_BODIES  # a client that waits to be asked reads the answer at once
+        if length is not None and length > read * self._limits.body_bytes:
             raise self._too_large()
 
     @property

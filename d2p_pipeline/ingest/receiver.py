@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 LONGEST_KEY = 255
 """Characters an Idempotency-Key may have."""
+COMPLAINT_SECONDS = 1.0
+"""The log is told no oftener that the buffer does not answer."""
 
 _encode = msgspec.json.Encoder().encode
 _JSON = (("content-type", "application/json"),)
@@ -67,7 +69,9 @@ class Receiver:
         self._metrics = metrics
         self._has_access_log = access_log
         self._tasks: set[asyncio.Task[None]] = set()
-        self._clock = asyncio.get_running_loop().time
+        self._untold = 0
+        """Requests refused as the buffer does not answer, that the log was not told of yet."""
+        self._next_complaint = 0.0
         self._posts: dict[str, Callable[[Exchange, Body], Awaitable[Answer]]] = {
             "/record": self._post_record,
             "/records": self._post_records,
@@ -103,11 +107,11 @@ class Receiver:
         except ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001  # _refusal tells what is expected from what is a defect
-            answer = _refusal(error)
+            answer = self._refusal(error)
         self._send(path, exchange, answer)
 
     def _send(self, path: str, exchange: Exchange, answer: Answer) -> None:
-        seconds = self._clock() - exchange.arrived
+        seconds = time.monotonic() - exchange.arrived
         known = path in self._posts or path in self._gets
         self._metrics.answered(path if known else "other", answer.status, answer.refusal, seconds)
         if self._has_access_log:
@@ -142,7 +146,7 @@ class Receiver:
             paths = ", ".join([*self._posts, *self._gets])
             raise HttpError(404, "no_such_path", f"no such path; there are {paths}")
         if exchange.method not in ("GET", "HEAD"):
-            raise HttpError(405, "method", "use GET", ("allow", "GET"))
+            raise HttpError(405, "method", "use GET", ("allow", "GET, HEAD"))
         if get == self._get_metrics:
             self._authorize(exchange)
         return await get()
@@ -165,13 +169,13 @@ class Receiver:
         except Exception as error:  # noqa: BLE001  # _refusal tells what is expected from what is a defect
             if body:
                 body.close()
-            self._send("/record", exchange, _refusal(error))
+            self._send("/record", exchange, self._refusal(error))
 
     def _ended(self, exchange: Exchange, body: Body, size: int, error: Exception | None) -> None:
         body.close()
         if error is None:
             self._metrics.stored(1, 0, size)
-        self._send("/record", exchange, _refusal(error) if error else _CREATED)
+        self._send("/record", exchange, self._refusal(error) if error else _CREATED)
 
     async def _post_record(self, exchange: Exchange, body: Body) -> Answer:
         raw = await body.whole()
@@ -279,32 +283,36 @@ class Receiver:
     async def _get_openapi(self) -> Answer:
         return Answer(200, text=(openapi.document(), "application/json"))
 
+    def _refusal(self, error: Exception) -> Answer:
+        """What a client is told of an error."""
+        match error:
+            case HttpError():
+                return error.answer
+            case BodyError():
+                return Answer(400, {"error": str(error)}, refusal="body_unreadable")
+            case KeyFullError():
+                return Answer(429, {"error": str(error)}, (("retry-after", "5"),), "key_full")
+            case BufferFullError():
+                return Answer(503, {"error": str(error)}, (("retry-after", "5"),), "buffer_full")
+            case BufferUnavailableError():
+                self._untold += 1
+                if time.monotonic() >= self._next_complaint:  # of an outage, not of each request in it
+                    log.error("%d requests refused: %s", self._untold, error)
+                    self._next_complaint, self._untold = time.monotonic() + COMPLAINT_SECONDS, 0
+                return Answer(503, {"error": str(error)}, (("retry-after", "1"),), "buffer_unavailable")
+            case ForeignValueError():
+                log.error("request not stored: %s", error)
+                return Answer(500, {"error": str(error)}, refusal="foreign_value")
+            case _:
+                log.error("request not stored", exc_info=error)
+                return Answer(
+                    500, {"error": f"{type(error).__name__}: nothing is known of the request"}, refusal="defect"
+                )
+
     async def close(self) -> None:
         """Finish what is in flight."""
         await self._commit.close()
         self._buffer.close()
-
-
-def _refusal(error: Exception) -> Answer:
-    """What a client is told of an error."""
-    match error:
-        case HttpError():
-            return error.answer
-        case BodyError():
-            return Answer(400, {"error": str(error)}, refusal="body_unreadable")
-        case KeyFullError():
-            return Answer(429, {"error": str(error)}, (("retry-after", "5"),), "key_full")
-        case BufferFullError():
-            return Answer(503, {"error": str(error)}, (("retry-after", "5"),), "buffer_full")
-        case BufferUnavailableError():
-            log.error("request not stored: %s", error)
-            return Answer(503, {"error": str(error)}, (("retry-after", "1"),), "buffer_unavailable")
-        case ForeignValueError():
-            log.error("request not stored: %s", error)
-            return Answer(500, {"error": str(error)}, refusal="foreign_value")
-        case _:
-            log.error("request not stored", exc_info=error)
-            return Answer(500, {"error": f"{type(error).__name__}: nothing is known of the request"}, refusal="defect")
 
 
 def _idempotency_key(exchange: Exchange) -> str:

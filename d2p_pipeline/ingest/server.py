@@ -116,9 +116,9 @@ def _supervise(settings: Settings, listener: socket.socket, tls: ssl.SSLContext 
                 continue
             log.error("worker %s ended (exit code %s) and is replaced", worker.pid, worker.exitcode)
             if (missing := since + SHORTEST_LIFE - time.monotonic()) > 0 and _ended_within(missing):
-                return _end(workers)
+                return _end(workers, listener)
             workers[place] = start()
-    return _end(workers)
+    return _end(workers, listener)
 
 
 def _ended_within(seconds: float) -> bool:
@@ -126,11 +126,14 @@ def _ended_within(seconds: float) -> bool:
     return signal.sigtimedwait((signal.SIGTERM, signal.SIGINT), seconds) is not None
 
 
-def _end(workers: list[tuple[BaseProcess, float]]) -> None:
+def _end(workers: list[tuple[BaseProcess, float]], listener: socket.socket) -> None:
+    listener.shutdown(socket.SHUT_RDWR)  # of all processes that have it: new clients are turned away at once
     for worker, _ in workers:
         worker.terminate()
     for worker, _ in workers:
         worker.join()
+    while signal.sigtimedwait(_SIGNALS, 0):  # a signal that came again asked for no more than this
+        pass
 
 
 def _work(settings: Settings, listener: socket.socket, tls: ssl.SSLContext | None) -> None:

@@ -360,6 +360,19 @@ def test_who_does_not_answer_the_handshake_is_not_let_in(data: bytes) -> None:
     run(test())
 
 
+def test_who_says_nothing_in_the_handshake_is_a_probe() -> None:
+    async def test() -> None:
+        async with listening(memory(), credentials=Credentials("key")) as (listener, port):
+            client = await Client.connect(port)
+            assert (await client.read())[0] == "HELO"
+            client.close()
+            while not listener.counts.connections or listener.counts.connected:
+                await asyncio.sleep(0.01)
+            assert not listener.counts.broken
+
+    run(test())
+
+
 # --- peers that mean harm
 
 

@@ -26,6 +26,7 @@ from d2p_pipeline.ingest.generator import generate
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.dead_letter import DeadLetter
 from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver
+from d2p_pipeline_tests.system import until
 
 GOOD: dict[str, Any] = {
     "time": "2026-11-21T10:00:00Z",
@@ -50,6 +51,10 @@ def stored(client: Redis, key: str = "payments") -> list[dict[str, Any]]:
     return [json.loads(line) for found in chunks for line in found.body.splitlines()]
 
 
+def connected(receiver: RunningReceiver) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(receiver.url.rsplit(":", 1)[1])), timeout=TOTAL_TIMEOUT)
+
+
 def nothing_stored(client: Redis) -> bool:
     return not [name for name in client.scan_iter() if name != b"d2p:ready"]
 
@@ -58,6 +63,7 @@ def test_one_record(receiver: RunningReceiver, redis_client: Redis) -> None:
     answer = receiver.client.post("/record/", json=record(level="warn"))
     assert answer.status_code == 201
     assert set(answer.json()) == {"timestamp", "elapsed"}
+    assert float(answer.json()["elapsed"].removesuffix("ms")) > 0
     assert stored(redis_client) == [record(level="warn")]
 
 
@@ -179,9 +185,12 @@ def test_an_oversized_body_is_refused_before_it_is_read(receiver: RunningReceive
     assert nothing_stored(redis_client)
 
 
-def test_a_declared_length_of_gigabytes_costs_nothing(receiver: RunningReceiver) -> None:
-    with socket.create_connection(("127.0.0.1", int(receiver.url.rsplit(":", 1)[1])), timeout=TOTAL_TIMEOUT) as client:
-        client.sendall(b"POST /records HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+@pytest.mark.parametrize(
+    "headers", [b"Content-Length: 10000000000", b"Content-Length: 1000001\r\nExpect: 100-continue"]
+)
+def test_a_body_declared_too_large_is_not_waited_for(receiver: RunningReceiver, headers: bytes) -> None:
+    with connected(receiver) as client:
+        client.sendall(b"POST /records HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % headers)
         assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
@@ -197,13 +206,20 @@ def test_a_declared_length_of_gigabytes_costs_nothing(receiver: RunningReceiver)
     ],
 )
 def test_paths_and_methods(receiver: RunningReceiver, redis_client: Redis, method: str, path: str, status: int) -> None:
-    assert receiver.client.request(method, path, json=GOOD if method == "POST" else None).status_code == status
+    answer = receiver.client.request(method, path, json=GOOD if method == "POST" else None)
+    assert answer.status_code == status
+    if status == 405:
+        assert answer.headers["allow"] == ("GET, HEAD" if method == "POST" else "POST")
 
 
 def test_a_compressed_body_is_refused_not_misread(receiver: RunningReceiver, redis_client: Redis) -> None:
     answer = receiver.client.post("/records", content=b"x", headers={"content-encoding": "br"})
     assert answer.status_code == 415
     assert nothing_stored(redis_client)
+
+
+def test_identity_is_no_compression(receiver: RunningReceiver, redis_client: Redis) -> None:
+    assert receiver.client.post("/record/", json=GOOD, headers={"content-encoding": "Identity"}).status_code == 201
 
 
 @pytest.mark.parametrize("path", ["/record/", "/records"])
@@ -435,6 +451,32 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(start_receiver: StartRec
     found = [int(found["message"]) for found in stored(redis_client)]
     assert len(found) == len(set(found))
     assert set(accepted) <= set(found)
+
+
+def test_while_the_last_requests_are_finished_nobody_new_is_let_in(
+    start_receiver: StartReceiver, redis_client: Redis
+) -> None:
+    receiver = start_receiver(workers="2")
+    body = json.dumps(GOOD).encode()
+
+    def is_turned_away() -> bool:
+        try:
+            connected(receiver).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    with connected(receiver) as client:
+        client.sendall(
+            b"POST /record/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
+        )
+        assert client.recv(100).startswith(b"HTTP/1.1 100")
+        receiver.process.terminate()
+        until(is_turned_away)
+        client.sendall(body)
+        assert client.recv(1000).startswith(b"HTTP/1.1 201")
+    assert receiver.stop() == 0
+    assert stored(redis_client) == [GOOD]
 
 
 def test_a_receiver_does_not_start_on_a_redis_that_could_lose_data(

@@ -160,6 +160,15 @@ def test_what_a_full_redis_refused_is_stored_nowhere(start_receiver: StartReceiv
     assert stored(redis_client).total() == 100
 
 
+def test_an_outage_is_told_of_not_each_request_in_it(start_receiver: StartReceiver, tmp_path: Path) -> None:
+    redis = EmbeddedRedis(tmp_path).start()
+    receiver = start_receiver(redis_url=redis.url)
+    redis.stop()
+    for _ in range(30):
+        assert receiver.client.post("/record/", json={**GOOD, "message": "m"}).status_code == 503
+    assert 1 <= receiver.log.read_text().count(" requests refused: ") < 30
+
+
 @pytest.mark.parametrize(("setting", "status"), [("max_key_bytes", 429), ("max_buffer_bytes", 503)])
 def test_a_byte_limit_turns_requests_away_until_there_is_room(
     start_receiver: StartReceiver, redis_client: Redis, setting: str, status: int

@@ -1,5 +1,6 @@
 """The server around the receiver: TLS and client certificates, tokens that rotate, metrics of all workers, OpenAPI."""
 
+import asyncio
 import datetime
 import ipaddress
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,7 +25,7 @@ from redis import Redis
 
 from d2p_pipeline.buffer.protocol import Seal
 from d2p_pipeline.buffer.redis import RedisBuffer
-from d2p_pipeline.ingest import openapi
+from d2p_pipeline.ingest import http, openapi
 from d2p_pipeline.ingest.tokens import TokenFileError, Tokens, read
 from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver
 from d2p_pipeline_tests.system import until
@@ -114,6 +116,36 @@ def test_https_with_and_without_client_certificates(
         with pytest.raises(httpx.TransportError):
             post(guarded, client)
     assert redis_client.hget("stats:{payments}", "records") == b"2"
+
+
+def test_a_tls_client_that_does_not_say_goodbye_holds_up_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path, "authority")
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.load_cert_chain(*authority.sign("server"))
+    theirs = ssl.create_default_context(cafile=str(authority.certificate))
+    monkeypatch.setattr(http, "LINGER_SECONDS", 0.1)
+
+    def connect(port: int) -> ssl.SSLSocket:
+        client = theirs.wrap_socket(socket.create_connection(("127.0.0.1", port), 30), server_hostname="127.0.0.1")
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        return client
+
+    async def run() -> None:
+        service = http.Service(
+            lambda exchange: exchange.answer(200, (), b""), head_seconds=60, body_seconds=60, most=10
+        )
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setblocking(False)
+            accepting = asyncio.create_task(service.accept(listener, ours))
+            with await asyncio.to_thread(connect, listener.getsockname()[1]):
+                accepting.cancel()
+                await service.drain(15)
+                assert not service.connections
+
+    uvloop.run(run())
 
 
 def test_unreadable_certificates_end_it_with_exit_code_2(start_receiver: StartReceiver, tmp_path: Path) -> None:
