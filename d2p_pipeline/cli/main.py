@@ -4,7 +4,11 @@ What `d2p convert` converts with takes longer to load than everything else, so t
 """
 
 import gc
+import importlib
 import sys
+
+# What both processes of `d2p convert` come to import, by way of pydantic, Polars and pyarrow too: they part after it.
+_OF_BOTH = ("d2p_pipeline.ingest.convert", "importlib.metadata", "ssl")
 
 
 def main() -> None:
@@ -13,6 +17,8 @@ def main() -> None:
     early = None
     is_convert = sys.argv[1:2] == ["convert"]
     if is_convert:
+        for name in _OF_BOTH:
+            importlib.import_module(name)
         from d2p_pipeline.ingest import workers
 
         # Options and their values are not told from files here: what is no file counts for nothing.

@@ -98,6 +98,7 @@ def get_ready() -> None:
     ours = ("records.parse", "records.validate", "records.transform", "records.sign", "parquet.files")
     for name in (*(f"d2p_pipeline.{name}" for name in ours), "pyarrow.parquet"):
         importlib.import_module(name)
+    gc.freeze()  # nor need it be looked through, or copied for that by who is forked
     gc.enable()
 
     import pyarrow as pa

@@ -211,7 +211,6 @@ def work(descriptors: Sequence[int]) -> None:
 
     get_ready()
     gc.set_threshold(50_000)  # a block leaves hardly any garbage to look for
-    gc.freeze()  # what is there now stays: it need neither be looked through, nor copied for that
     unused = [Connection(descriptor) for descriptor in descriptors]
     context = multiprocessing.get_context("fork")
     workers: list[ForkProcess] = []

@@ -311,7 +311,15 @@ def repeated_map_keys(table: pa.Table) -> frozenset[int]:
     """Rows with a map that has a key twice, which readers of Parquet take for damage."""
     rows: set[int] = set()
     for name in _MAPS:
-        maps = table.column(name).combine_chunks()
+        column = table.column(name)
+        if column.null_count == table.num_rows:
+            continue
+        maps = column.combine_chunks()
         keys = _series(pa.ListArray.from_arrays(maps.offsets, maps.keys))
-        rows.update((keys.list.n_unique() != keys.list.len()).arg_true())
+        if _repeats(keys.unique()).any():  # few lists of names serve many rows
+            rows.update(_repeats(keys).arg_true())
     return frozenset(rows)
+
+
+def _repeats(lists: pl.Series) -> pl.Series:
+    return lists.list.n_unique() != lists.list.len()

@@ -31,7 +31,7 @@ from d2p_pipeline.records.fields import TimestampUnit, arrow_schema
 from d2p_pipeline.records.lines import Lines
 from d2p_pipeline.records.normalize import BYTE_ORDER_MARK, WHITESPACE, Normalizer
 from d2p_pipeline.records.rules import Rules
-from d2p_pipeline.records.shape import Shapes, joined, shape_of
+from d2p_pipeline.records.shape import Shapes, joined, shape_of, shared_by
 
 # Text decoded at once: enough that the cost per call does not show, little enough to repeat for one bad line.
 _BLOCK = 4 << 20
@@ -214,15 +214,19 @@ class _Parser:
         return True
 
     def _in_shape(self, lines: Lines) -> bulk.Decoded:
-        """Decode lines in the shape that served before; where that leaves too much open, also in that of a line left open."""
-        decoded = bulk.decode(lines, self._unit, self._shapes.last)
+        """Decode lines in the shape that served before, or that some share; where that leaves too much open, also in that of a
+        line left open."""
+        known = self._shapes.last
+        if known is None:
+            known = self._shapes.last = shared_by([lines[number] for number in (0, len(lines) // 2, len(lines) - 1)])
+        decoded = bulk.decode(lines, self._unit, known)
         odd = len(lines.odd)
         if (decoded.open - odd) * _FEW <= len(lines):
             return decoded
         rows = (decoded.numbers[row] for row in decoded.doubtful)
         sample = lines[min(chain(rows, decoded.left.difference(lines.odd)))]
         shape = shape_of(sample)
-        if shape is None or (shape := joined(self._shapes.last, shape)) == self._shapes.last:
+        if shape is None or (shape := joined(known, shape)) == known:
             return decoded
         better = bulk.decode(lines, self._unit, shape)
         if decoded.open < better.open:

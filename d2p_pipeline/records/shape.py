@@ -8,6 +8,7 @@ alias in one record, nested values, fractions, whose text counts) has no shape a
 pyarrow has no type information, hence `standard` above.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from operator import itemgetter
@@ -35,9 +36,9 @@ Shape = tuple[Member, ...]
 
 @dataclass
 class Shapes:
-    """What is known of the producers: the shape that served last."""
+    """What is known of the producers: the shape that served last, None before there was any."""
 
-    last: Shape = ()
+    last: Shape | None = None
 
 
 ARROW_TYPES: dict[Kind, pa.DataType] = {"string": pa.string(), "int": pa.int64(), "bool": pa.bool_()}
@@ -69,6 +70,12 @@ def shape_of(line: bytes) -> Shape | None:
             meant.add(target)
         shape.append(Member(name, kind))
     return tuple(shape)
+
+
+def shared_by(lines: Sequence[bytes]) -> Shape:
+    """The shape that all of some lines have; the schema's own if they differ."""
+    first, *others = {shape_of(line) for line in lines}
+    return first or () if not others else ()
 
 
 def joined(shape: Shape, other: Shape) -> Shape:
