@@ -6,7 +6,6 @@ and not by this module: a process that only cuts inputs, or waits for others to 
 
 import contextlib
 import ctypes
-import gc
 import importlib
 import re
 from collections import Counter, deque
@@ -94,12 +93,9 @@ class ChangedError(Exception):
 
 def get_ready() -> None:
     """Import what `_convert` does, so that it takes its time now."""
-    gc.disable()  # nothing of what is imported is garbage
     ours = ("records.parse", "records.validate", "records.transform", "records.sign", "parquet.files")
     for name in (*(f"d2p_pipeline.{name}" for name in ours), "pyarrow.parquet"):
         importlib.import_module(name)
-    gc.freeze()  # nor need it be looked through, or copied for that by who is forked
-    gc.enable()
 
     import pyarrow as pa
 

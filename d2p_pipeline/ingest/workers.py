@@ -209,7 +209,10 @@ def work(descriptors: Sequence[int]) -> None:
     os.environ["POLARS_MAX_THREADS"] = "1"
     from d2p_pipeline.ingest.task import get_ready
 
+    gc.disable()
     get_ready()
+    gc.freeze()  # what was imported is no garbage: it need neither be looked through, nor copied for that
+    gc.enable()
     gc.set_threshold(50_000)  # a block leaves hardly any garbage to look for
     unused = [Connection(descriptor) for descriptor in descriptors]
     context = multiprocessing.get_context("fork")

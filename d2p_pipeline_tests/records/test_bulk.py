@@ -253,6 +253,13 @@ def test_what_was_found_out_about_other_producers_changes_no_result() -> None:
         assert known.rejects == anew.rejects
 
 
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_the_lines_that_are_looked_at_first_speak_for_no_others(changes: dict[str, Any]) -> None:
+    seen = line({**FULL, **changes})
+    lines = [seen, *PADDING[:125], seen, *PADDING[125:], seen]
+    assert parse([b"\n".join(lines)], Rules(), 0).table.equals(one_by_one(*lines).table)
+
+
 def test_unknown_fields_are_in_the_order_of_their_names_however_they_were_read() -> None:
     records = [{**FULL, "zulu": "1", "Alpha": 2}, {**FULL, "Alpha": 2, "zulu": "1"}]
     many = [line(record) for record in records * 200]
