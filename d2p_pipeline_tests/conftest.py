@@ -1,5 +1,7 @@
 """Real parts for every test: one embedded Redis server per test process, emptied before each use."""
 
+import atexit
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +25,16 @@ pytest_plugins = [
     "d2p_pipeline_tests.redis_servers",
     "d2p_pipeline_tests.system",
 ]
+
+# What tests import stays: looking for garbage in it would take a third of collecting them, and again later.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # libraries expect that Python cleans up at its end
+
 
 # How long an example takes says nothing on a machine that does other things too.
 settings.register_profile(
