@@ -43,6 +43,7 @@ class System:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("D2P_", "DAGSTER_"))}
         self._environment = environment | {f"D2P_{name.upper()}": value for name, value in settings.items()}
         self.log = directory / f"up-{self.port}.log"
+        self.client = httpx.Client(timeout=60, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
         self.start()
 
     def start(self) -> None:
@@ -63,7 +64,7 @@ class System:
         return self
 
     def post(self, *lines: bytes) -> None:
-        answer = httpx.post(f"http://127.0.0.1:{self.port}/records", content=b"\n".join(lines))
+        answer = self.client.post(f"http://127.0.0.1:{self.port}/records", content=b"\n".join(lines))
         assert answer.json()["accepted"] == len(lines)
 
     def messages(self, *, besides: str = "") -> list[str]:
@@ -88,10 +89,8 @@ class System:
             return []
 
     def graphql(self, query: str, **variables: Any) -> Any:
-        answer = httpx.post(
-            f"http://127.0.0.1:{self.dagster_port}/graphql",
-            json={"query": query, "variables": variables},
-            timeout=60,
+        answer = self.client.post(
+            f"http://127.0.0.1:{self.dagster_port}/graphql", json={"query": query, "variables": variables}
         ).json()
         assert "errors" not in answer, answer
         return answer["data"]
@@ -146,6 +145,7 @@ class System:
     def stop(self, number: int = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
+        self.client.close()
         return self.process.wait(120)
 
 

@@ -11,7 +11,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from redis import Redis
 
@@ -185,7 +184,7 @@ def kill_a_run_between_two_files(system: System) -> list[str]:
 def reject_and_replay(system: System) -> list[str]:
     """A record without its level is rejected, seen in the catalogue, mended and replayed by launched jobs; so are all the
     letters that were there before, most of them from files. No run needs more memory for 100,000 than for none."""
-    answer = httpx.post(
+    answer = system.client.post(
         f"http://127.0.0.1:{system.port}/records", content=line("payments", "once rejected", level=None)
     ).json()
     assert (answer["accepted"], answer["dead_lettered"]) == (0, 1)

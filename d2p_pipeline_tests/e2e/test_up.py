@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow.parquet as pq
 import pytest
 from redis import Redis
@@ -70,7 +69,7 @@ def test_what_two_systems_are_sent_is_in_s3_once_and_in_the_ui_whatever_happens_
         system.wait()
         assert {address for address, _ in listening(system.process.pid)} == {"127.0.0.1"}
         assert [one for one in commands(system.process.pid) if "forkserver" in one and PRELOADED in one]
-    assert httpx.post(f"http://127.0.0.1:{systems[0].port}/records", content=line()).status_code == 401
+    assert systems[0].client.post(f"http://127.0.0.1:{systems[0].port}/records", content=line()).status_code == 401
     post(systems[0], "payments", "first")
     flush(systems[1])
     until(lambda: any(key.endswith(".parquet") for key in s3_service.keys(bucket)))
@@ -113,12 +112,12 @@ def test_what_two_systems_are_sent_is_in_s3_once_and_in_the_ui_whatever_happens_
 
 
 def flush(system: System) -> None:
-    assert httpx.post(f"http://127.0.0.1:{system.port}/flush/", headers=BEARER).status_code == 202
+    assert system.client.post(f"http://127.0.0.1:{system.port}/flush/", headers=BEARER).status_code == 202
 
 
 def post(system: System, key: str, message: str) -> None:
     url = f"http://127.0.0.1:{system.port}/records"
-    assert httpx.post(url, content=line(key, message), headers=BEARER).json()["accepted"] == 1
+    assert system.client.post(url, content=line(key, message), headers=BEARER).json()["accepted"] == 1
 
 
 def system_home(system: System) -> Path:

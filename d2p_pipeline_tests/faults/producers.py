@@ -130,7 +130,7 @@ class HttpProducer(Producer):
         super().__init__(name, seed)
         self._urls = urls
         self._ways = Random(f"{seed} {name} ways")
-        self._http = httpx.Client(timeout=5, trust_env=False)
+        self._http = httpx.Client(timeout=5, trust_env=False, verify=False)
 
     def close(self) -> None:
         self._http.close()

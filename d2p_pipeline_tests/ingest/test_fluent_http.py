@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import httpx
 import pytest
 
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline_tests.ingest.forward_client import RECORD, SECONDS, event_time, letters, packed, stored
-from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver
+from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver, client_of
 
 CAPTURES = Path(__file__).parents[1] / "fixtures" / "fluent"
 TAG = {"X-Fluent-Tag": "kube.var.log.containers.checkout-7d9c_shop_api-0123abcd.log"}
@@ -73,7 +72,7 @@ def test_a_single_record_gets_its_tag_too(
 def test_a_large_body_gets_its_tag_too(fluent_receiver: RunningReceiver, redis_buffer: RedisBuffer) -> None:
     line = json.dumps({"level": "INFO", "message": "x" * 1000, "time": SECONDS, "business_domain": "d"}).encode()
     content = b"\n".join([line] * 5000)
-    with httpx.Client(base_url=fluent_receiver.url, timeout=60) as client:
+    with client_of(fluent_receiver.url) as client:
         answer = client.post("/records", headers=TAG, content=content)
     assert answer.json()["accepted"] == 5000, answer.text
     records = stored(redis_buffer)

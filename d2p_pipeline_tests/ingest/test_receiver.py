@@ -25,7 +25,7 @@ from d2p_pipeline.ingest.commit import SMALL_BYTES, GroupCommit, Request
 from d2p_pipeline.ingest.generator import generate
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.dead_letter import DeadLetter
-from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver
+from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver, client_of
 from d2p_pipeline_tests.system import until
 
 GOOD: dict[str, Any] = {
@@ -288,7 +288,7 @@ def test_a_repeated_request_under_the_same_idempotency_key_stores_nothing(
     path = "/records" if records > 1 else "/record/"
     answers = []
     for _ in range(4):  # over new connections, so that both workers have their turn
-        with httpx.Client(base_url=large_receiver.url, timeout=30) as client:
+        with client_of(large_receiver.url) as client:
             answers.append(client.post(path, content=body, headers={"idempotency-key": "a"}))
     assert {answer.status_code for answer in answers} == {201 if records == 1 else 202}
     assert len({answer.json().get("accepted") for answer in answers}) == 1
@@ -357,7 +357,7 @@ def test_where_another_programs_value_has_a_keys_name_only_its_records_are_refus
     assert not redis_client.keys("data:{payments}")
 
     def post(number: int) -> int:
-        return httpx.post(f"{receiver.url}/record/", json=taken if number % 2 else record(), timeout=30).status_code
+        return httpx.post(f"{receiver.url}/record/", json=taken if number % 2 else record(), verify=False).status_code
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(post, range(32))) == [201, 500] * 16
@@ -431,7 +431,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(start_receiver: StartRec
     stopping = threading.Event()
 
     def post(start: int) -> None:
-        with httpx.Client(base_url=receiver.url, timeout=30) as client:
+        with client_of(receiver.url) as client:
             for number in range(start, start + 100_000):
                 try:
                     if client.post("/record/", json=record(message=str(number))).status_code == 201:

@@ -27,7 +27,7 @@ from d2p_pipeline.buffer.protocol import Seal
 from d2p_pipeline.buffer.redis import RedisBuffer
 from d2p_pipeline.ingest import http, openapi
 from d2p_pipeline.ingest.tokens import TokenFileError, Tokens, read
-from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver
+from d2p_pipeline_tests.receiving import RunningReceiver, StartReceiver, client_of
 from d2p_pipeline_tests.system import until
 
 GOOD: dict[str, Any] = {
@@ -217,7 +217,7 @@ def test_metrics_of_all_workers_and_of_redis(
     receiver = start_receiver(workers="2", access_log="true")
     body = "\n".join([*[json.dumps({**GOOD, "message": str(number)}) for number in range(4)], "cut"])
     for _ in range(6):  # over new connections, so that both workers have their turn
-        with httpx.Client(base_url=receiver.url, timeout=30) as client:
+        with client_of(receiver.url) as client:
             client.post("/records", content=body)
             client.post("/record/", content="nonsense")
             client.get("/nowhere")
@@ -341,7 +341,7 @@ def test_a_worker_that_dies_is_replaced(start_receiver: StartReceiver, redis_cli
 
     def is_served() -> bool:
         try:
-            return httpx.post(f"{receiver.url}/record/", json=GOOD, timeout=5).status_code == 201
+            return httpx.post(f"{receiver.url}/record/", json=GOOD, timeout=5, verify=False).status_code == 201
         except httpx.TransportError:
             return False
 

@@ -69,7 +69,7 @@ class Account:
         return key["AccessKeyId"], key["SecretAccessKey"]
 
     def be_strict(self) -> None:
-        httpx.post(f"{self.service.url}/moto-api/reset-auth", content=b"0")
+        httpx.post(f"{self.service.url}/moto-api/reset-auth", content=b"0", verify=False)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def account(s3_service: Service) -> Iterator[Account]:
         "iam", region_name="us-east-1", endpoint_url=s3_service.url, config=Config(retries={"total_max_attempts": 1})
     )
     yield Account(s3_service, iam)
-    httpx.post(f"{s3_service.url}/moto-api/reset-auth", content=b"inf")
+    httpx.post(f"{s3_service.url}/moto-api/reset-auth", content=b"inf", verify=False)
 
 
 def documented(bucket: Bucket, kind: str) -> dict[str, Any]:
