@@ -120,7 +120,7 @@ class Rules:
             problems.append("time_field: is empty")
         for name in (*self.key_fields, self.time_field):
             if self.fate_of(name.rpartition(".")[2], name) != "keep":
-                problems.append(f"ignored_fields, masked_fields: {name} is needed to place records")
+                problems.append(f"ignored_fields, mask_fields: {name} is needed to place records")
         return problems
 
     def _hiding_problems(self) -> list[str]:
@@ -135,11 +135,9 @@ class Rules:
                 problems.append(f"ignored_fields: {name} is required, every record would be rejected")
         for name in sorted(self.masked_fields):
             if name in computed:
-                problems.append(f"masked_fields: {name} is computed by use_hmac")
+                problems.append(f"mask_fields: {name} is computed by use_hmac")
             elif name in self.key_fields:
-                problems.append(f"masked_fields: {name} is a key field")
+                problems.append(f"mask_fields: {name} is a key field")
             elif BY_NAME.get(name, Field(name)).kind not in ("string", "map"):
-                problems.append(
-                    f"masked_fields: {name} is a {BY_NAME[name].kind} and cannot hold '*'; ignore it instead"
-                )
+                problems.append(f"mask_fields: {name} is a {BY_NAME[name].kind} and cannot hold '*'; ignore it instead")
         return problems

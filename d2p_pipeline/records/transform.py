@@ -53,21 +53,30 @@ def transform(table: pa.Table, rules: Rules) -> pa.Table:
     """
     if rules.transform is None or not table.num_rows:
         return table
+    import pyarrow.parquet as pq
+
     function = load(rules.transform)
     try:
         result = function(pl.DataFrame(pl.from_arrow(table)))
         if isinstance(result, pl.LazyFrame):
             result = result.collect()
-    except Exception as error:
+    except (Exception, SystemExit, pl.exceptions.PanicException) as error:
         raise TransformError(rules.transform, f"raised {type(error).__name__}: {error}") from error
     if not isinstance(result, pl.DataFrame):
         raise TransformError(rules.transform, f"returned {type(result).__name__} instead of a Polars frame")
-    if problem := _problem(result, table, rules):
+    if objects := [name for name, dtype in result.schema.items() if dtype == pl.Object]:
+        raise TransformError(rules.transform, f"returned Python objects in {', '.join(objects)}, which no file holds")
+    try:
+        written = _as_table(result, table.schema)
+        pq.write_table(written.slice(0, 0), pa.BufferOutputStream())
+    except pa.ArrowException as error:
+        raise TransformError(rules.transform, f"returned columns that no file holds: {error}") from error
+    if problem := _problem(result, written, table, rules):
         raise TransformError(rules.transform, f"returned {problem}")
-    return _as_table(result, table.schema)
+    return written
 
 
-def _problem(frame: pl.DataFrame, before: pa.Table, rules: Rules) -> str | None:
+def _problem(frame: pl.DataFrame, written: pa.Table, before: pa.Table, rules: Rules) -> str | None:
     """What keeps the frame from being written."""
     if frame.height > before.num_rows:
         return f"{frame.height} rows for {before.num_rows}; it may drop rows, but not add any"
@@ -76,7 +85,7 @@ def _problem(frame: pl.DataFrame, before: pa.Table, rules: Rules) -> str | None:
     if found != time:
         return f"the column {rules.time_column} as {found}; it has to stay {time}"
     try:
-        placed = places(frame.to_arrow(), rules)
+        placed = places(written, rules)
     except KeyError as error:
         return f"a frame without the column {error.args[0]}, which places rows in files"
     for names, column in ((rules.key_columns, "key"), ((rules.time_column,), "time")):

@@ -64,7 +64,7 @@ def _is_sound(table: pa.Table, rules: Rules) -> bool:
     if not table.num_rows or any(column.null_count for column in table.columns):
         return not table.num_rows
     times = pc.call_function("min_max", [table.column("time").cast(pa.int64())]).as_py()
-    first, last = (_since_epoch(moment, rules.timestamp_unit) for moment in first_and_last(rules.timestamp_unit))
+    first, last = _first_and_last(rules.timestamp_unit)
     keys = (table.column(column_name(name, rules.column_names)) for name in rules.key_fields)
     return (
         first <= times["min"]
@@ -81,7 +81,7 @@ def _checked_columns(rules: Rules) -> list[str]:
 def _schema(rules: Rules) -> "DataFrameSchema":
     from pandera.polars import Check, Column, DataFrameSchema
 
-    first, last = (_since_epoch(moment, rules.timestamp_unit) for moment in first_and_last(rules.timestamp_unit))
+    first, last = _first_and_last(rules.timestamp_unit)
     columns: dict[str, Column] = {}
     for field in LOG_FIELDS:
         is_key = field.name in rules.key_fields
@@ -101,9 +101,11 @@ _NOT_EMPTY = "key field, is empty"
 _IN_CALENDAR = "lies outside the years that can be stored"
 
 
-def _since_epoch(moment: datetime, unit: TimestampUnit) -> int:
-    microseconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
-    return {"ms": microseconds // 1000, "us": microseconds, "ns": microseconds * 1000}[unit]
+def _first_and_last(unit: TimestampUnit) -> tuple[int, int]:
+    """The times that can be stored, since the epoch. The last microsecond has all of its nanoseconds."""
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    first, last = ((moment - epoch) // timedelta(microseconds=1) for moment in first_and_last(unit))
+    return {"ms": (first // 1000, last // 1000), "us": (first, last), "ns": (first * 1000, last * 1000 + 999)}[unit]
 
 
 def _reasons(failures: pl.DataFrame, rules: Rules) -> dict[int, str]:

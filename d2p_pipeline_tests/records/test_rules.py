@@ -43,5 +43,5 @@ def test_what_cannot_work_is_refused_by_name(settings, complaint) -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    with pytest.raises(ValueError, match=r"key_fields.*ignored_fields: level.*masked_fields: tags"):
+    with pytest.raises(ValueError, match=r"key_fields.*ignored_fields: level.*mask_fields: tags"):
         Rules(key_fields=("nope",), ignored_fields=frozenset({"level"}), masked_fields=frozenset({"tags"}))

@@ -61,6 +61,11 @@ def test_the_same_rows_become_the_same_bytes() -> None:
         ("textual", "the column time as String; it has to stay Datetime"),
         ("keyless", "rows without a value in business-capability"),
         ("broken", "raised ColumnNotFoundError"),
+        ("ending", "raised SystemExit: 3 rows"),
+        ("panicking", "raised PanicException: 3 rows"),
+        ("of_objects", "Python objects in thing, which no file holds"),
+        ("of_huge_integers", "columns that no file holds"),
+        ("of_nothing", "columns that no file holds"),
     ],
 )
 def test_what_cannot_be_written_is_an_error_that_names_the_function(name: str, reason: str) -> None:

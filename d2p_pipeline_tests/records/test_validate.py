@@ -55,6 +55,16 @@ def test_a_time_outside_the_calendar_is_rejected(time) -> None:
     assert validate(table({"time": time}), Rules()).bad == [(0, "time: lies outside the years that can be stored")]
 
 
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_what_the_normalizer_takes_for_the_first_and_the_last_time_is_good(unit) -> None:
+    rules = Rules(timestamp_unit=unit)
+    years = (1678, 2261) if unit == "ns" else (1, 9999)
+    lines = [line(time=f"{years[0]:04}-01-01T00:00:00Z"), line(time=f"{years[1]}-12-31T23:59:59.999999999Z")]
+    parsed = parse([b"\n".join(lines)], rules, 0)
+    assert parsed.table.num_rows == 2
+    assert validate(parsed.table, rules).bad == []
+
+
 def test_a_key_field_that_is_optional_otherwise_must_be_there() -> None:
     rules = Rules(key_fields=("region", "az"), column_names="snake")
     good = {name.replace("-", "_"): value for name, value in REQUIRED.items()} | {"time": 0}

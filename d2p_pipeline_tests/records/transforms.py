@@ -54,6 +54,26 @@ def broken(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.select("no such column")
 
 
+def ending(frame: pl.DataFrame) -> pl.DataFrame:
+    raise SystemExit(f"{frame.height} rows")
+
+
+def panicking(frame: pl.DataFrame) -> pl.DataFrame:
+    raise pl.exceptions.PanicException(f"{frame.height} rows")
+
+
+def of_objects(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(pl.Series("thing", [object()] * frame.height, dtype=pl.Object))
+
+
+def of_huge_integers(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(huge=pl.lit(1, pl.Int128))
+
+
+def of_nothing(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(pl.Series("none", [{}] * frame.height, dtype=pl.Struct([])))
+
+
 NO_FUNCTION = 5
 
 
