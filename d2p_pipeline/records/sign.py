@@ -58,8 +58,10 @@ def canonical_json(table: pa.Table) -> Iterator[bytes]:
 def _readable(dtype: object) -> pl.DataType:
     """The type whose Python value is JSON as documented: Python's own times end at microseconds."""
     match dtype:
-        case pl.Datetime() | pl.Duration() | pl.Time() | pl.Categorical() | pl.Enum():
+        case pl.Datetime() | pl.Time() | pl.Categorical() | pl.Enum():
             return pl.String()
+        case pl.Duration():  # as files hold it
+            return pl.Int64()
         case pl.List():
             return pl.List(_readable(dtype.inner))
         case pl.Struct():

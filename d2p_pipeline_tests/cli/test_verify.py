@@ -1,5 +1,6 @@
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def test_files_as_they_were_written_pass(tmp_path: Path, unit: Any, style: Any, 
     assert (document["ok"], document["hmac_checked"]) == (True, True)
     [report] = document["files"]
     assert (report["rows"], report["good"], report["bad"], report["missing"]) == (20, 20, 0, 0)
+
+
+def test_whatever_columns_a_transform_adds_pass(tmp_path: Path) -> None:
+    added: dict[str, Any] = {
+        "nan": pa.array([float("nan")] * 20),
+        "nothing": pa.nulls(20),
+        "took": pa.array([1_500_000] * 20, pa.duration("us")),
+        "raw": pa.array([b"\xff"] * 20),
+        "price": pa.array([Decimal("1.50")] * 20),
+        "at": pa.array([time(10, 30)] * 20),
+    }
+    table = parse([line(FULL)] * 20, Rules(), 0).table
+    for name, column in added.items():
+        table = table.append_column(name, column)
+    report = verify(put(tmp_path, sign(table, Rules(hmac_key=KEY))), KEY)
+    assert (report.good, report.problems) == (20, [])
 
 
 def test_a_changed_cell_is_found_and_its_row_named(tmp_path: Path) -> None:
