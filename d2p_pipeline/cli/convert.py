@@ -73,7 +73,7 @@ def convert(
         typer.echo("Interrupted. Every file there is, is whole; the same command again overwrites them.", err=True)
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(_summary(summary), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(_summary(summary), indent=2))  # in ASCII: names may be no UTF-8
     else:
         _print(summary)
     _complain(summary, settings)

@@ -85,10 +85,10 @@ def test_files_and_patterns_become_rows() -> None:
 def test_the_summary_as_json_accounts_for_everything() -> None:
     name = put("a.ndjson", list(generate(1000, bad_ratio=0.1)))
     put("empty", [])
-    result = run(name, "empty", "missing", "--json", "--out", "there", "--jobs", 1)
+    result = run(name, "empty", "miss\udcffing", "--json", "--out", "there", "--jobs", 1)  # named in no UTF-8
     assert result.exit_code == 1
     summary = json.loads(result.stdout)
-    assert (summary["inputs"], summary["empty"], list(summary["failed"])) == (3, 1, ["missing"])
+    assert (summary["inputs"], summary["empty"], list(summary["failed"])) == (3, 1, ["miss\udcffing"])
     assert summary["records"] == 1000 == summary["rows"] + summary["dead_letters"]
     assert sum(summary["reasons"].values()) == summary["dead_letters"] == 100
     assert summary["rows"] == rows("there")
@@ -96,7 +96,7 @@ def test_the_summary_as_json_accounts_for_everything() -> None:
     assert summary["files"] == len(files)
     assert summary["bytes_out"] == sum(file.stat().st_size for file in files)
     assert summary["bytes_in"] == Path(name).stat().st_size
-    assert "missing: it cannot be read: No such file" in result.stderr
+    assert "miss\\udcffing: it cannot be read: No such file" in result.stderr
     assert "100 records were rejected; they are kept in there/_dead_letters" in result.stderr
     letters = [
         json.loads(text) for file in Path("there/_dead_letters").iterdir() for text in file.read_text().splitlines()
