@@ -64,8 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     `--dist worksteal` gives each worker one run of consecutive tests to begin with.
     """
-    lanes = [[item for name in lane for item in items if item.path == TESTS / name] for lane in WAITING]
-    others = (item for item in items if not any(item in lane for lane in lanes))
+    by_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.path, []).append(item)
+    lanes = [[item for name in lane for item in by_file.pop(TESTS / name, [])] for lane in WAITING]
+    others = (item for some in by_file.values() for item in some)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     ordered: list[pytest.Item] = []
     for number, lane in enumerate(lanes):

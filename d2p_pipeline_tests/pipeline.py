@@ -19,6 +19,7 @@ from d2p_pipeline.records.rules import Rules
 
 if TYPE_CHECKING:
     import dagster as dg
+    from sqlalchemy import Engine
 
 
 def line(key: str = "payments", message: str = "m", time: str = "2026-11-21T10:30:00Z", **fields: Any) -> bytes:
@@ -83,6 +84,13 @@ class Pipeline:
         return sorted(message for (message,) in self.rows("SELECT message FROM files"))
 
 
+def _engine_of_one_connection(url: str, **_: Any) -> Engine:
+    import sqlalchemy
+    from sqlalchemy.pool import StaticPool
+
+    return sqlalchemy.create_engine(url, poolclass=StaticPool, connect_args={"check_same_thread": False})
+
+
 @pytest.fixture
 def pipeline(
     redis_buffer: RedisBuffer, redis_server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -95,10 +103,11 @@ def pipeline(
     settings = {"REDIS_URL": redis_server.url, "WRITER_FILE_PATH": str(root), "BUFFER_SIZE": "100"}
     for name, value in settings.items():
         monkeypatch.setenv(f"D2P_{name}", value)
-    for storage in ("event_log", "runs"):  # nobody migrates what is in memory, and Alembic takes longer than all else
-        monkeypatch.setattr(
-            f"dagster._core.storage.{storage}.in_memory.stamp_alembic_rev", lambda config, connection: None
-        )
+    for storage in ("event_log", "runs"):
+        in_memory = f"dagster._core.storage.{storage}.in_memory"
+        # Nobody migrates what is in memory, and Alembic takes longer than all else; next comes a connection per statement.
+        monkeypatch.setattr(f"{in_memory}.stamp_alembic_rev", lambda config, connection: None)
+        monkeypatch.setattr(f"{in_memory}.create_engine", _engine_of_one_connection)
     # The job has read its setting already.
     monkeypatch.setattr(dg.RetryPolicy, "calculate_delay", lambda policy, attempt: 0.05)
     sensor.parts.cache_clear()

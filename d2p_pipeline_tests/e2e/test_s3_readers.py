@@ -56,7 +56,15 @@ def filesystem(s3_proxy: Proxy) -> S3FileSystem:
     )
 
 
-def test_polars(bucket: str, s3_proxy: Proxy) -> None:
+def test_polars_pyarrow_and_duckdb_read_every_row_and_those_of_one_place(
+    bucket: str, s3_proxy: Proxy, filesystem: S3FileSystem
+) -> None:
+    polars_reads(bucket, s3_proxy)
+    pyarrow_reads(bucket, filesystem)
+    duckdb_reads(bucket, filesystem)
+
+
+def polars_reads(bucket: str, s3_proxy: Proxy) -> None:
     options = {
         "aws_access_key_id": ACCESS_KEY,
         "aws_secret_access_key": SECRET_KEY,
@@ -70,13 +78,13 @@ def test_polars(bucket: str, s3_proxy: Proxy) -> None:
     assert one.select("message").collect().rows() == [("a/b 50% 10",)]
 
 
-def test_pyarrow(bucket: str, filesystem: S3FileSystem) -> None:
+def pyarrow_reads(bucket: str, filesystem: S3FileSystem) -> None:
     files = ds.dataset(f"{bucket}/team a/logs", filesystem=filesystem, partitioning="hive", format="parquet")
     rows = files.to_table(columns=["capability", "hour", "message"]).to_pylist()
     assert sorted((row["capability"], row["hour"], row["message"]) for row in rows) == ROWS
 
 
-def test_duckdb(bucket: str, filesystem: S3FileSystem) -> None:
+def duckdb_reads(bucket: str, filesystem: S3FileSystem) -> None:
     """DuckDB's own S3 client is an extension that it downloads; Arrow's stands in for it here."""
 
     class S3(ArrowFSWrapper):
