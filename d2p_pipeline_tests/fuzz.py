@@ -99,7 +99,7 @@ class Objects:
     def __init__(self, content: bytes) -> None:
         self._content = content
 
-    def open(self, bucket: str, key: str, version: str | None) -> IO[bytes]:
+    def open(self, bucket: str, key: str, version: str | None, etag: str | None) -> IO[bytes]:
         if not bucket:
             raise LookupError("NoSuchBucket")
         return io.BytesIO(self._content)

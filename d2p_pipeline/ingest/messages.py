@@ -22,7 +22,7 @@ from d2p_pipeline.ingest.sqs import Message, SourceError
 
 BLOCK_BYTES = 4 << 20
 """Bytes of an object that make one request."""
-_GONE = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "InvalidObjectState", "404"}
+_GONE = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "InvalidObjectState", "PreconditionFailed", "404", "412"}
 
 
 class _Notification(msgspec.Struct):
@@ -40,6 +40,7 @@ class _Named(msgspec.Struct):
 class _Object(msgspec.Struct):
     key: str
     version: str | None = msgspec.field(name="versionId", default=None)
+    etag: str | None = msgspec.field(name="eTag", default=None)
 
 
 class _S3(msgspec.Struct):
@@ -66,8 +67,8 @@ class _TestEvent(msgspec.Struct):
 class Objects(Protocol):
     """Where the objects of S3 events are."""
 
-    def open(self, bucket: str, key: str, version: str | None) -> IO[bytes]:
-        """The whole object. LookupError if there is none, `SourceError` if it cannot be read now."""
+    def open(self, bucket: str, key: str, version: str | None, etag: str | None) -> IO[bytes]:
+        """The whole object. LookupError if there is none, or another by now; `SourceError` if it cannot be read now."""
         ...
 
 
@@ -77,8 +78,9 @@ class S3Objects:
     def __init__(self, client: Any) -> None:
         self._client = client
 
-    def open(self, bucket: str, key: str, version: str | None) -> IO[bytes]:
-        which = {"VersionId": version} if version else {}
+    def open(self, bucket: str, key: str, version: str | None, etag: str | None) -> IO[bytes]:
+        # What was put in its place has an event of its own: read for both, it would be stored twice.
+        which = {"VersionId": version} if version else {"IfMatch": f'"{etag}"'} if etag else {}
         file = tempfile.TemporaryFile()  # noqa: SIM115  # whoever reads it closes it
         try:
             shutil.copyfileobj(self._client.get_object(Bucket=bucket, Key=key, **which)["Body"], file, 1 << 20)
@@ -129,10 +131,11 @@ class Messages:
         for number, change in enumerate(event.changes):
             if not change.event.removeprefix("s3:").startswith("ObjectCreated:"):
                 continue
-            bucket, key = change.s3.bucket.name, unquote_plus(change.s3.object.key)
+            bucket, named = change.s3.bucket.name, change.s3.object
+            key = unquote_plus(named.key)
             name = f"sqs-{message.id}-{number}"
             try:
-                with objects.open(bucket, key, change.s3.object.version) as file:
+                with objects.open(bucket, key, named.version, named.etag) as file:
                     content = Content(cast(Any, file))
                     yield from self._blocks(message, content, name, f"s3://{bucket}/{key}: ")
                 damage = content.damage

@@ -239,9 +239,9 @@ def test_sns_notifications_are_unwrapped_and_raw_delivery_is_taken_as_it_is(
     assert letters(redis_buffer) == []
 
 
-def s3_event(*objects: tuple[str, str], name: str = "ObjectCreated:Put") -> str:
+def s3_event(*objects: tuple[str, str], name: str = "ObjectCreated:Put", **more: str) -> str:
     changes = [
-        {"eventSource": "aws:s3", "eventName": name, "s3": {"bucket": {"name": bucket}, "object": {"key": key}}}
+        {"eventSource": "aws:s3", "eventName": name, "s3": {"bucket": {"name": bucket}, "object": {"key": key, **more}}}
         for bucket, key in objects
     ]
     return json.dumps({"Records": changes})
@@ -256,6 +256,10 @@ def test_the_objects_of_s3_events_are_read_once(
     s3_service.client.put_object(Bucket=bucket, Key="bad.json", Body=f"{record(300)}\nnot JSON\n".encode())
     s3_service.client.put_object(Bucket=bucket, Key="cut.gz", Body=gzip.compress(record(301).encode())[:-4])
     s3_service.client.put_object(Bucket=bucket, Key="image", Body=b"PAR1....PAR1")
+    old, new = (
+        s3_service.client.put_object(Bucket=bucket, Key="twice", Body=record(n).encode())["ETag"].strip('"')
+        for n in (303, 304)
+    )
     first, again = ((bucket, key) for key in ("a+b/logs%2B1.gz", "bad.json"))
     [event_id, *_] = queue.send(
         s3_event(first, again),
@@ -265,6 +269,8 @@ def test_the_objects_of_s3_events_are_read_once(
         s3_event((bucket, "nowhere"), name="ObjectRemoved:Delete"),
         json.dumps({"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": bucket}),
         record(302),
+        s3_event((bucket, "twice"), eTag=old),
+        s3_event((bucket, "twice"), eTag=new),
     )
 
     async def test(pollers: Pollers) -> None:
@@ -273,19 +279,20 @@ def test_the_objects_of_s3_events_are_read_once(
     unwrapping = messages(sns=True, objects=S3Objects(s3_service.client))
     polling(queue, redis_buffer, test, convert=unwrapping)
     found = texts(redis_buffer)
-    assert set(found) >= {f"m{n}" for n in (*range(301), 302)}
+    assert set(found) >= {f"m{n}" for n in (*range(301), 302, 304)}
     assert len(found) == len(set(found))
     reasons = [letter.reason for letter in letters(redis_buffer)]
-    assert len(reasons) == 4
+    assert len(reasons) == 5
     for part in (f"{event_id}: s3://{bucket}/bad.json: ", "cut.gz: it cannot be read to its end", "a Parquet file"):
         assert any(part in reason for reason in reasons), reasons
+    assert any("twice" in reason and "PreconditionFailed" in reason for reason in reasons)
     assert any("nowhere" in reason and "NoSuchKey" in reason for reason in reasons)
 
 
 class SomeObjects:
     """One of two is there; its content is its name."""
 
-    def open(self, bucket: str, key: str, version: str | None) -> IO[bytes]:
+    def open(self, bucket: str, key: str, version: str | None, etag: str | None) -> IO[bytes]:
         if len(key) % 2:
             raise LookupError("NoSuchKey")
         return io.BytesIO(key.encode("utf-8", "replace"))
