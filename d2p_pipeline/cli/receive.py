@@ -20,4 +20,4 @@ def receive(
     with redis(settings):
         from d2p_pipeline.ingest.server import serve
 
-        serve(settings_of(None))
+        raise typer.Exit(serve(settings_of(None)))

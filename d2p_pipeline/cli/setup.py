@@ -43,15 +43,14 @@ def check_records(settings: "Settings") -> None:
 
 
 def check_receiver(settings: "Settings") -> None:
-    """Prove that tokens and certificates can be read; what is wrong ends the command with exit code 2."""
+    """Prove that tokens and certificates can be used; what is wrong ends the command with exit code 2."""
+    from d2p_pipeline.ingest import tls
     from d2p_pipeline.ingest.tokens import TokenFileError, read
 
     try:
         if settings.tokens_file:
             read(settings.tokens_file)
-        for path in (settings.tls_cert, settings.tls_key, settings.tls_client_ca):
-            if path:
-                path.read_bytes()
+        tls.context(settings)
     except (TokenFileError, OSError) as error:
         typer.echo(f"the receiver cannot start: {error}", err=True)
         raise typer.Exit(2) from error

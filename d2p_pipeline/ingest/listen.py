@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import signal
-import ssl
 
 import uvloop
 
 from d2p_pipeline import wiring
+from d2p_pipeline.ingest import tls
 from d2p_pipeline.ingest.commit import GroupCommit
 from d2p_pipeline.ingest.counts import Counted, expose
 from d2p_pipeline.ingest.forward import Conversion, Credentials, Forward
@@ -48,7 +48,7 @@ async def _listen(settings: Settings) -> int:
     )
     address, port = settings.forward_address, settings.forward_port or PORT
     try:
-        port = await listener.start(address, port, _tls(settings))
+        port = await listener.start(address, port, tls.context(settings) if settings.forward_tls else None)
     except OSError as error:
         log.error("cannot listen on %s:%d: %s", address, port, error)  # noqa: TRY400  # the reason is the whole story
         return 1
@@ -74,15 +74,3 @@ def _credentials(settings: Settings) -> Credentials | None:
         return None
     users = dict(user.get_secret_value().split(":", 1) for user in settings.forward_users)
     return Credentials(settings.forward_shared_key.get_secret_value(), users, settings.redis_lock_instance_name)
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    if not settings.forward_tls or settings.tls_cert is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    if settings.tls_client_ca is not None:
-        context.load_verify_locations(settings.tls_client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context

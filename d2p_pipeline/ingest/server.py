@@ -21,6 +21,7 @@ import uvloop
 
 from d2p_pipeline import logs, wiring
 from d2p_pipeline.buffer.embedded import end_with_parent
+from d2p_pipeline.ingest import tls
 from d2p_pipeline.ingest.http import Service
 from d2p_pipeline.settings import Settings
 
@@ -80,32 +81,35 @@ def receiver(settings: Settings) -> "Receiver":
     )
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT: then stop accepting, finish what is in flight, return."""
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT: then stop accepting, finish what is in flight; returns the command's exit code."""
     buffer, warnings = wiring.open_buffer(settings)
     buffer.close()
     for warning in warnings:
         log.warning(warning)
     _allow_connections(settings.max_connections)
-    tls = _tls(settings)
-    with (
-        tempfile.TemporaryDirectory(prefix="d2p-metrics-") as directory,
-        _listener(settings.address, settings.port) as listener,
-    ):
+    context = tls.context(settings)
+    try:
+        listener = _listener(settings.address, settings.port)
+    except OSError as error:
+        log.error("cannot listen on %s:%d: %s", settings.address, settings.port, error)  # noqa: TRY400  # it says all
+        return 1
+    with tempfile.TemporaryDirectory(prefix="d2p-metrics-") as directory, listener:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-        log.info("receiver on %s:%d%s", settings.address, settings.port, " (TLS)" if tls else "")
+        log.info("receiver on %s:%d%s", settings.address, settings.port, " (TLS)" if context else "")
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            _supervise(settings, listener, tls)
+            _supervise(settings, listener, context)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return 0
 
 
-def _supervise(settings: Settings, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+def _supervise(settings: Settings, listener: socket.socket, context: ssl.SSLContext | None) -> None:
     """Keep the workers running until a signal says to end them."""
 
     def start() -> tuple[BaseProcess, float]:
-        worker = get_context("fork").Process(target=_work, args=(settings, listener, tls))
+        worker = get_context("fork").Process(target=_work, args=(settings, listener, context))
         worker.start()
         return worker, time.monotonic()
 
@@ -136,14 +140,14 @@ def _end(workers: list[tuple[BaseProcess, float]], listener: socket.socket) -> N
         pass
 
 
-def _work(settings: Settings, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+def _work(settings: Settings, listener: socket.socket, context: ssl.SSLContext | None) -> None:
     """A worker's life."""
     end_with_parent()  # a worker that outlived its server would go on under settings that are no more
     logs.configure(settings.log_formatter, debug=settings.debug)
-    uvloop.run(_served(settings, listener, tls))
+    uvloop.run(_served(settings, listener, context))
 
 
-async def _served(settings: Settings, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+async def _served(settings: Settings, listener: socket.socket, context: ssl.SSLContext | None) -> None:
     loop, ending = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
@@ -156,7 +160,7 @@ async def _served(settings: Settings, listener: socket.socket, tls: ssl.SSLConte
         most=max(1, settings.max_connections // settings.workers),
         on_refusal=target.refused,
     )
-    accepting = asyncio.create_task(service.accept(listener, tls))
+    accepting = asyncio.create_task(service.accept(listener, context))
     await ending.wait()
     accepting.cancel()
     await service.drain(DRAIN_SECONDS)
@@ -168,18 +172,6 @@ def _listener(address: str, port: int) -> socket.socket:
     listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
     listener.setblocking(False)
     return listener
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    if not (settings.tls_cert and settings.tls_key):
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    if settings.tls_client_ca:
-        context.load_verify_locations(settings.tls_client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
 
 
 def _allow_connections(connections: int) -> None:

@@ -151,10 +151,11 @@ def test_the_listener_shows_what_it_counts(start: Start, redis_buffer: RedisBuff
     assert "d2p_forward_acknowledged_total 2.0" in text
 
 
-def test_a_port_in_use_ends_the_command_with_exit_code_1(redis_server: EmbeddedRedis) -> None:
+@pytest.mark.parametrize("command", ["forward", "receive"])
+def test_a_port_in_use_ends_the_command_with_exit_code_1(redis_server: EmbeddedRedis, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "d2p_pipeline.cli.main", "forward", "--port", port]
-        result = subprocess.run(command, env={**os.environ, "D2P_REDIS_URL": redis_server.url}, capture_output=True)
+        line = [sys.executable, "-m", "d2p_pipeline.cli.main", command, "--port", port]
+        result = subprocess.run(line, env={**os.environ, "D2P_REDIS_URL": redis_server.url}, capture_output=True)
     assert result.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}".encode() in result.stderr

@@ -148,9 +148,15 @@ def test_a_tls_client_that_does_not_say_goodbye_holds_up_no_end(
     uvloop.run(run())
 
 
-def test_unreadable_certificates_end_it_with_exit_code_2(start_receiver: StartReceiver, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="the receiver cannot start"):
-        start_receiver(tls_cert=str(tmp_path / "none.pem"), tls_key=str(tmp_path / "none.key"))
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_certificates_that_cannot_be_used_end_it_with_exit_code_2(
+    start_receiver: StartReceiver, tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "file.pem"
+    if content:
+        path.write_text(content)
+    with pytest.raises(AssertionError, match=f"the receiver cannot start: tls_cert {path} .* cannot be used"):
+        start_receiver(tls_cert=str(path), tls_key=str(path))
 
 
 # --- tokens
