@@ -39,7 +39,7 @@ _PIECE = 256 << 10
 # Bytes of a range's end that are read, to find its last newline and to know it again.
 _ENDING = 64 << 10
 # Bytes of zstd decompressed at once: nothing bounds the result but that a byte makes at most 32 KiB.
-_ZSTD_PIECE = 4 << 10
+_ZSTD_PIECE = 1 << 10
 # Bytes kept of what is too long for a record.
 _KEPT = 64 << 10
 
@@ -544,8 +544,9 @@ def _unzstd_pieces(raw: _Replay) -> Iterator[bytes]:
     while piece := file.read(_ZSTD_PIECE):
         while piece:
             frame = frame or decompressor.decompressobj()
-            if data := frame.decompress(piece):
-                yield data
+            data = frame.decompress(piece)
+            # However much it is, it is taken little by little.
+            yield from (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
             if not frame.eof:
                 break
             piece, frame = frame.unused_data, None

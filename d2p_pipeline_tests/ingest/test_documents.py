@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -251,6 +252,18 @@ def test_concatenated_compressed_parts_are_one_content() -> None:
     skippable = b"\x51\x2a\x4d\x18\x03\x00\x00\x00abc"
     assert lines(cut(gzip.compress(b"1\n") + gzip.compress(b"2\n"))[0]) == [b"1", b"2"]
     assert lines(cut(skippable + frames.compress(b"1\n") + frames.compress(b"2\n"))[0]) == [b"1", b"2"]
+
+
+def test_what_expands_a_thousandfold_is_taken_little_by_little() -> None:
+    expanding = zstandard.ZstdCompressor().compressobj()
+    data = b"".join([*(expanding.compress(bytes(MB)) for _ in range(128)), expanding.flush()])
+    content = Content(io.BytesIO(data))
+    tracemalloc.start()
+    try:
+        assert sum(iter(lambda: len(content.read(MB)), 0)) == 128 * MB
+        assert tracemalloc.get_traced_memory()[1] < 96 * MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_bracket_that_closes_nothing_goes_with_what_comes_next() -> None:
