@@ -32,6 +32,8 @@ from d2p_pipeline.ingest.intake import Intake
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0
+GOODBYE_SECONDS = 2.0
+"""How long a connection that is to end waits for its TLS client to end it too."""
 LARGE_BYTES = 1 << 20
 """A message beyond this waits for one of `LARGE_MESSAGES` places before it is read on, which bounds the memory."""
 LARGE_MESSAGES = 8
@@ -268,9 +270,9 @@ class Forward:
 
     async def start(self, address: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Listen; returns the port, which the system chooses when `port` is 0."""
-        timeout = {"ssl_handshake_timeout": HANDSHAKE_SECONDS} if tls else {}
+        timeouts = {"ssl_handshake_timeout": HANDSHAKE_SECONDS, "ssl_shutdown_timeout": GOODBYE_SECONDS} if tls else {}
         self._server = await asyncio.start_server(
-            self._connected, address, port, ssl=tls, limit=READ_BYTES, backlog=1024, **timeout
+            self._connected, address, port, ssl=tls, limit=READ_BYTES, backlog=1024, **timeouts
         )
         return self._server.sockets[0].getsockname()[1]
 
@@ -299,7 +301,7 @@ class Forward:
             await self._serve(reader, writer)
         except (ForwardError, TimeoutError) as error:
             self.counts.broken += 1
-            log.warning("%s: connection closed: %s", peer, error or "it was too slow")
+            log.warning("%s: connection closed: %s", peer, str(error) or "it was too slow")
         except OSError as error:
             log.info("%s: connection lost: %s", peer, error)
         except (BufferFullError, BufferUnavailableError, ForeignValueError) as error:

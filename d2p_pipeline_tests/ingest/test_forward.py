@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import socket
 import ssl
 from collections.abc import Coroutine
 from pathlib import Path
@@ -16,6 +17,7 @@ from redis import Redis
 
 from d2p_pipeline.buffer.memory import MemoryBuffer
 from d2p_pipeline.buffer.redis import RedisBuffer
+from d2p_pipeline.ingest import forward
 from d2p_pipeline.ingest.forward import Credentials, ForwardError, Framer, parse
 from d2p_pipeline_tests.certificates import Certificates
 from d2p_pipeline_tests.ingest.forward_client import (
@@ -411,7 +413,7 @@ def test_what_is_no_message_ends_its_connection_and_no_other(data: bytes) -> Non
     run(test())
 
 
-def test_half_a_message_is_not_waited_for_longer_than_allowed() -> None:
+def test_half_a_message_is_not_waited_for_longer_than_allowed(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         buffer = memory()
         async with listening(buffer, message_seconds=0.05) as (listener, port):
@@ -420,6 +422,7 @@ def test_half_a_message_is_not_waited_for_longer_than_allowed() -> None:
             assert await slow.read() is None
             assert listener.counts.broken == 1
         assert stored(buffer) == []
+        assert "connection closed: it was too slow" in caplog.text
 
     run(test())
 
@@ -525,13 +528,22 @@ def test_any_message_is_refused_or_everything_of_it_is_kept(parts: Any) -> None:
 # --- TLS
 
 
-def test_tls_carries_the_same(tmp_path: Path) -> None:
+def test_tls_carries_the_same_and_who_says_no_goodbye_holds_up_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "GOODBYE_SECONDS", 0.1)
+    monkeypatch.setattr(forward, "HANDSHAKE_SECONDS", 60)
+
+    def connect(port: int, context: ssl.SSLContext) -> ssl.SSLSocket:
+        connection = socket.create_connection(("127.0.0.1", port), 30)
+        return context.wrap_socket(connection, server_hostname="localhost")
+
     async def test() -> None:
         certificates = Certificates.make(tmp_path)
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         server.load_cert_chain(certificates.certificate, certificates.key)
         buffer = memory()
-        async with listening(buffer, tls=server) as (_, port):
+        async with listening(buffer, tls=server) as (listener, port):
             plain = await Client.connect(port)
             await plain.send("t", [entry(1)], {"chunk": "c"})
             assert await plain.read() is None
@@ -539,6 +551,10 @@ def test_tls_carries_the_same(tmp_path: Path) -> None:
             client = await Client.connect(port, context)
             await client.send("t", [entry(2)], {"chunk": "d"})
             assert await client.read() == {"ack": "d"}
+            client.close()
+            with await asyncio.to_thread(connect, port, context):
+                async with asyncio.timeout(20):
+                    await listener.stop()
         assert messages(stored(buffer)) == ["m2"]
 
     run(test())
