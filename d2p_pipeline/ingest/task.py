@@ -232,10 +232,13 @@ def _convert(
         write(file.path, file.data)
         count += 1
         size += file.data.size
-    if letters and plan.keep_dead_letters:
-        lines = b"".join(letter.to_json() + b"\n" for letter in letters)
-        write(f"{DEAD_LETTERS}/{batch}-{unit}.ndjson", lines)
     reasons = Counter(_kind(letter.reason) for letter in letters)
+    if letters and plan.keep_dead_letters:
+        lines = bytearray()
+        letters.reverse()
+        while letters:  # they may be more than all else: none is held twice
+            lines += letters.pop().to_json() + b"\n"
+        write(f"{DEAD_LETTERS}/{batch}-{unit}.ndjson", lines)
     return Outcome(records, table.num_rows, good.num_rows - table.num_rows, reasons, count, size)
 
 

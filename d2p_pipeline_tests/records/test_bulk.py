@@ -1,6 +1,7 @@
 """Large plain text: decoded first, then every line held against the bytes its row accounts for."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import pyarrow as pa
@@ -160,6 +161,19 @@ def test_an_unknown_field_as_long_as_the_missing_spaces_is_not_overlooked() -> N
 def as_dicts(table: pa.Table) -> list[dict[str, Any]]:
     """Rows with maps as dicts: the order of entries says nothing."""
     return table.to_pylist(maps_as_pydicts="strict")
+
+
+def test_short_lines_that_are_no_records_take_little_more_memory_than_their_dead_letters() -> None:
+    text = b"12,abc,5\n" * 20_000
+    parse([text[:100_000]], Rules(), 0)
+    tracemalloc.start()
+    try:
+        parsed = parse([text], Rules(), 0)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(parsed.rejects) == parsed.lines == 20_000
+    assert peak < 1.5 * left
 
 
 SHAPES: dict[str, dict[str, Any]] = {
