@@ -197,9 +197,8 @@ class _Parser:
     def _decoded(self, text: bytes, received_at: int) -> bool:
         """Decode a block before it is checked; False when that cannot be done."""
         lines = Lines(text)
-        if len(lines.odd) * 2 > len(
-            lines
-        ):  # no NDJSON: what is told of every line would take more memory than it is worth
+        # No NDJSON: what is told of every line would take more memory than it is worth.
+        if len(lines.odd) * 2 > len(lines):
             return False
         decoded = self._in_shape(lines)
         mended, refused, blank = self._mended(lines, decoded)
