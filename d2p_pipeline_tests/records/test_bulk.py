@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from d2p_pipeline.records import chunk
 from d2p_pipeline.records.parse import Parsed, parse
 from d2p_pipeline.records.rules import Rules
-from d2p_pipeline.records.shape import Shapes
+from d2p_pipeline.records.shape import Member, Shapes, shared_by
 from d2p_pipeline_tests.records.builders import FULL, REQUIRED, line
 
 PADDING = [line(FULL, message=f"padding {number}", stack_trace='at a("x")\n\tat b\\c' * 8) for number in range(250)]
@@ -265,6 +265,12 @@ def test_what_was_found_out_about_other_producers_changes_no_result() -> None:
         known, anew = parse([text], Rules(), 0, shapes=shapes), parse([text], Rules(), 0)
         assert known.table.equals(anew.table)
         assert known.rejects == anew.rejects
+
+
+def test_lines_share_a_shape_only_if_all_have_it() -> None:
+    own = line(FULL, user_id="u-1", http_response=200)
+    assert shared_by([own, own, own]) == (Member("http-response", "int"),)
+    assert shared_by([own, own, line(FULL)]) == shared_by([line(FULL)]) == shared_by([b"no record"]) == ()
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
